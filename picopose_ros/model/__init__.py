@@ -1,0 +1,18 @@
+"""The network: three stages, two presets, checkpoints."""
+
+from picopose_ros.model.checkpoint import convert_released, load_model, model_fingerprint, save_model
+from picopose_ros.model.config import PRESETS, ModelConfig, preset
+from picopose_ros.model.network import Features, PicoPose, Refinement
+
+__all__ = [
+    "PRESETS",
+    "Features",
+    "ModelConfig",
+    "PicoPose",
+    "Refinement",
+    "convert_released",
+    "load_model",
+    "model_fingerprint",
+    "preset",
+    "save_model",
+]

@@ -1,0 +1,208 @@
+"""Reading and writing network weights; every key remap lives here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from picopose_ros.errors import CheckpointError
+from picopose_ros.model.config import preset
+from picopose_ros.model.network import PicoPose
+
+WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
+
+# Tensors of the released checkpoint that influence no output.
+_DEAD = re.compile(
+    r"^(feature_extractor\.dinov2\.(norm\.|mask_token$)"
+    r"|offset_regressor\.dpt_head\.(projects\.0\.|resize_layers\.0\.)"
+    r"|offset_regressor\.dpt_head\.scratch\.(layer1_rn|refinenet1|refinenet4\.resConfUnit1|output_conv\d)\.?)"
+)
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^feature_extractor\.dinov2\.", "backbone.vit."),
+    (r"^affine_regressor\.(translation|scale|inplane)_predictor\.", r"affine.\1."),
+    (r"^affine_regressor\.", "affine."),
+    (r"^offset_regressor\.dpt_head\.projects\.1\.", "pyramid.project.0."),
+    (r"^offset_regressor\.dpt_head\.projects\.2\.", "pyramid.project.1."),
+    (r"^offset_regressor\.dpt_head\.projects\.3\.", "pyramid.project.2."),
+    (r"^offset_regressor\.dpt_head\.resize_layers\.1\.", "pyramid.resize.0."),
+    (r"^offset_regressor\.dpt_head\.resize_layers\.3\.", "pyramid.resize.2."),
+    (r"^offset_regressor\.dpt_head\.scratch\.layer2_rn\.", "pyramid.reduce.0."),
+    (r"^offset_regressor\.dpt_head\.scratch\.layer3_rn\.", "pyramid.reduce.1."),
+    (r"^offset_regressor\.dpt_head\.scratch\.layer4_rn\.", "pyramid.reduce.2."),
+    (r"^offset_regressor\.dpt_head\.scratch\.refinenet4\.", "pyramid.fuse.0."),
+    (r"^offset_regressor\.dpt_head\.scratch\.refinenet3\.", "pyramid.fuse.1."),
+    (r"^offset_regressor\.dpt_head\.scratch\.refinenet2\.", "pyramid.fuse.2."),
+    (r"(pyramid\.fuse\.\d)\.resConfUnit1\.", r"\1.skip_unit."),
+    (r"(pyramid\.fuse\.\d)\.resConfUnit2\.", r"\1.unit."),
+    (r"^offset_regressor\.flow_decoder\.proj\.(\d)\.", r"offsets.blocks.\1.proj."),
+    (r"^offset_regressor\.flow_decoder\.encoder\.(\d)\.(corr|flow)_net\.(\d)\.conv\.", r"offsets.blocks.\1.encoder.\2.\3."),
+    (r"^offset_regressor\.flow_decoder\.encoder\.(\d)\.out_net\.0\.conv\.", r"offsets.blocks.\1.encoder.out."),
+    (r"^offset_regressor\.flow_decoder\.flow_pred\.(\d)\.layers\.(\d)\.conv\.", r"offsets.blocks.\1.flow_head.layers.\2."),
+    (r"^offset_regressor\.flow_decoder\.flow_pred\.(\d)\.predict_layer\.", r"offsets.blocks.\1.flow_head.predict."),
+    (r"^offset_regressor\.flow_decoder\.mask_pred\.(\d)\.layers\.(\d)\.conv\.", r"offsets.blocks.\1.certainty_head.layers.\2."),
+    (r"^offset_regressor\.flow_decoder\.mask_pred\.(\d)\.predict_layer\.", r"offsets.blocks.\1.certainty_head.predict."),
+)  # fmt: skip
+
+
+def resample_pos_embed(pos_embed: Tensor, side: int = 16) -> Tensor:
+    """Resample DINOv2's position embedding as the released network does.
+
+    Bicubic with an explicit scale factor (side + 0.1) / old side and no antialiasing: resampling by
+    target size, as timm does, is not equivalent.
+
+    Args:
+        pos_embed: (1, 1 + n^2, C), CLS first.
+    Returns:
+        (1, 1 + side^2, C).
+    """
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    old = round(patches.shape[1] ** 0.5)
+    if old == side:
+        return pos_embed
+    grid = patches.transpose(1, 2).unflatten(2, (old, old)).float()
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / old, mode="bicubic", antialias=False)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
+
+
+def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Map a state dict with the released network's keys to this package's keys.
+
+    Accepts the prefixes `network.` and `module.`; drops the tensors that influence no output;
+    resamples the position embedding once. A state dict with this package's keys passes unchanged.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, value in state.items():
+        key = re.sub(r"^((network|module|model)\.)+", "", key)
+        if _DEAD.match(key):
+            continue
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        if key == "backbone.vit.pos_embed":
+            value = resample_pos_embed(value)
+        converted[key] = value
+    return converted
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"weights file {path} does not exist; give the path of a .safetensors file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"weights file {path} cannot be read: {error}") from error
+    # Zip archives and bare pickles are torch checkpoints; everything else has to be safetensors.
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"weights file {path} is a torch checkpoint that holds more than tensors or is truncated, and "
+                f"is not unpickled for safety ({type(error).__name__}); convert it to .safetensors first"
+            ) from error
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise CheckpointError(f"weights file {path} holds no state dict of tensors")
+        return state, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"weights file {path} is not a complete .safetensors file ({error}); download or convert it again"
+        ) from error
+
+
+def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
+    wanted = model.state_dict()
+    # BatchNorm's step counter has no influence in evaluation and is often absent.
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in wanted]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if missing or extra or shapes:
+        listed = [f"missing {k}" for k in missing] + [f"unknown {k}" for k in extra] + shapes
+        raise CheckpointError(
+            f"weights file {source} does not fit preset '{model.config.name}': {len(missing)} missing, {len(extra)} "
+            f"unknown and {len(shapes)} misshapen tensors (first: {'; '.join(listed[:3])}); "
+            "check the preset parameter"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def load_model(
+    preset_name: str = "tiny", weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> PicoPose:
+    """A network in evaluation mode with its weights.
+
+    Args:
+        preset_name: `vitl`, `tiny`, ... . weights: a .safetensors file or a torch checkpoint of tensors only,
+            with this package's or the released network's keys; None takes the preset's packaged weights.
+        device: torch device.
+    Raises:
+        ConfigError: unknown preset. CheckpointError: unreadable weights, or weights of another preset.
+    """
+    config = preset(preset_name)
+    if not weights:
+        path = WEIGHTS_DIR / f"{preset_name}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(
+                f"preset '{preset_name}' has no packaged weights; set the weights parameter to a checkpoint file"
+            )
+    else:
+        path = Path(weights).expanduser()
+    state, metadata = _read(path)
+    if metadata.get("preset", preset_name) != preset_name:
+        raise CheckpointError(
+            f"weights file {path} was made for preset '{metadata['preset']}', not for '{preset_name}'; "
+            "change the preset or the weights parameter"
+        )
+    with torch.device("meta"):
+        model = PicoPose(config)
+    model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.num_batches_tracked.zero_()
+    _fit(model, {k: v.float() if v.is_floating_point() else v for k, v in convert_released(state).items()}, path)
+    return model.to(device).eval()
+
+
+def save_model(model: PicoPose, path: str | Path, half: bool = False, metadata: dict[str, str] | None = None) -> None:
+    """Write weights atomically as safetensors, in fp16 where `half`."""
+    path = Path(path)
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        value = value.detach().cpu()
+        state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
+    info = {"preset": model.config.name, "config": json.dumps(model.config.to_dict()), **(metadata or {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(state, partial, metadata=info)
+    os.replace(partial, path)
+
+
+def model_fingerprint(model: PicoPose) -> str:
+    """A hex digest of the architecture and every weight: equal digests give equal features."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for key, value in sorted(model.state_dict().items()):
+        if key.endswith("num_batches_tracked"):
+            continue
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+

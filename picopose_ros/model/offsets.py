@@ -1,0 +1,240 @@
+"""Stage 3: offset blocks at 16x16, 32x32 and 64x64 (paper Sec. III-D)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from picopose_ros.model.config import OffsetConfig
+
+
+@dataclass
+class OffsetLevel:
+    """What one offset block computed, on the template's grid of side n."""
+
+    flow: Tensor
+    """(B, 2, n, n) cumulative flow (x, y) in cells of this grid."""
+    certainty: Tensor
+    """(B, 1, n, n) cumulative logits."""
+    flow_step: Tensor
+    """(B, 2, n, n) what this block added to the flow."""
+    certainty_step: Tensor
+    """(B, 1, n, n) what this block added to the certainty."""
+    flow_in: Tensor
+    """(B, 2, n, n) the flow this block started from."""
+    template: Tensor
+    """(B, C, n, n) projected template features."""
+    query: Tensor
+    """(B, C, n, n) projected query features."""
+    correlation: Tensor
+    """(B, L (2r+1)^2, n, n) looked-up correlations."""
+    motion: Tensor
+    """(B, M, n, n) motion features."""
+
+
+def grid_positions(n: int, like: Tensor) -> Tensor:
+    """(2, n, n) integer (x, y) position of every cell."""
+    axis = torch.arange(n, device=like.device, dtype=like.dtype)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y])
+
+
+def _window(radius: int, like: Tensor) -> Tensor:
+    """((2r+1)^2, 2) offsets (x, y); x is the slow axis, as in the released network."""
+    axis = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
+    x, y = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def sample_at(features: Tensor, position: Tensor) -> Tensor:
+    """Bilinear samples with zeros outside; integer positions are cell centres.
+
+    Args:
+        features: (B, C, h, w). position: (B, 2, ...) with (x, y) in cells, two trailing axes.
+    Returns:
+        (B, C, ...).
+    """
+    height, width = features.shape[-2:]
+    scale = position.new_tensor([max(width - 1, 1), max(height - 1, 1)]).view(1, 2, 1, 1)
+    grid = (position * 2 / scale - 1).permute(0, 2, 3, 1)
+    return F.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def lookup_volume(template: Tensor, query: Tensor, position: Tensor, radius: int, levels: int) -> Tensor:
+    """Correlate all pairs of cells, then sample a window around each cell's position.
+
+    Args:
+        template, query: (B, C, n, n); the correlation is their dot product.
+        position: (B, 2, n, n) where each template cell points to, in query cells.
+    Returns:
+        (B, levels (2r+1)^2, n, n).
+    """
+    batch, _, n, _ = template.shape
+    volume = template.flatten(2).transpose(1, 2) @ query.flatten(2)
+    volume = volume.reshape(batch * n * n, 1, n, n)
+    centre = position.permute(0, 2, 3, 1).reshape(batch * n * n, 2, 1, 1)
+    side = 2 * radius + 1
+    window = _window(radius, position).T.reshape(1, 2, side, side)
+    samples = []
+    for level in range(levels):
+        found = sample_at(volume, centre / 2**level + window)
+        samples.append(found.reshape(batch, n, n, side * side))
+        if level + 1 < levels:
+            volume = F.avg_pool2d(volume, 2)
+    return torch.cat(samples, 3).permute(0, 3, 1, 2)
+
+
+def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int, levels: int) -> Tensor:
+    """`lookup_volume` without the volume: correlate only with the cells that are looked up.
+
+    All samples of a window share their fraction of a cell, so (2r+2)^2 dot products with whole cells,
+    mixed bilinearly, give all (2r+1)^2 samples.
+    """
+    batch, channels, n, _ = template.shape
+    side = 2 * radius + 1
+    reach = torch.arange(-radius, radius + 2, device=position.device)
+    rows = template.permute(0, 2, 3, 1).reshape(batch, n * n, channels, 1)
+    samples = []
+    for level in range(levels):
+        if level:
+            query = F.avg_pool2d(query, 2)
+        size = query.shape[-1]
+        centre = position.flatten(2).transpose(1, 2) / 2**level
+        base = centre.detach().floor()
+        fraction = centre - base
+        # Cells outside the grid count as zero: a border of zeros wide enough for every clamped window.
+        pad = radius + 2
+        base = base.clamp(-pad, size + pad).long()
+        x = (base[:, :, 0:1] + reach).clamp(-1, size) + 1
+        y = (base[:, :, 1:2] + reach).clamp(-1, size) + 1
+        padded = size + 2
+        index = y[:, :, :, None] * padded + x[:, :, None, :]
+        offset = torch.arange(batch, device=index.device).view(-1, 1, 1, 1) * padded**2
+        table = F.pad(query, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
+        cells = F.embedding((index + offset).flatten(2), table)
+        dots = (cells @ rows)[..., 0].reshape(batch, n * n, side + 1, side + 1)
+        fx = fraction[:, :, 0, None, None]
+        fy = fraction[:, :, 1, None, None]
+        dots = dots[:, :, :-1] * (1 - fy) + dots[:, :, 1:] * fy
+        dots = dots[:, :, :, :-1] * (1 - fx) + dots[:, :, :, 1:] * fx
+        # (y, x) -> x slow
+        samples.append(dots.transpose(2, 3).reshape(batch, n, n, side * side))
+    return torch.cat(samples, 3).permute(0, 3, 1, 2)
+
+
+_LOOKUP = {"volume": lookup_volume, "local": lookup_local}
+
+
+class MotionEncoder(nn.Module):
+    """Correlation window and flow -> motion features; the flow itself is appended."""
+
+    def __init__(self, correlation: int, dims: tuple[int, int, int, int, int]) -> None:
+        super().__init__()
+        corr1, corr2, flow1, flow2, out = dims
+        self.corr = nn.ModuleList([nn.Conv2d(correlation, corr1, 1), nn.Conv2d(corr1, corr2, 3, padding=1)])
+        self.flow = nn.ModuleList([nn.Conv2d(2, flow1, 7, padding=3), nn.Conv2d(flow1, flow2, 3, padding=1)])
+        self.out = nn.Conv2d(corr2 + flow2, out, 3, padding=1)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        x, y = correlation, flow
+        for conv in self.corr:
+            x = F.relu(conv(x))
+        for conv in self.flow:
+            y = F.relu(conv(y))
+        return torch.cat([F.relu(self.out(torch.cat([x, y], 1))), flow.to(x.dtype)], 1)
+
+
+class Head(nn.Module):
+    """Two 3x3 convolutions and a linear prediction."""
+
+    def __init__(self, channels: int, dims: tuple[int, int], out: int, kernel: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Conv2d(channels, dims[0], 3, padding=1), nn.Conv2d(dims[0], dims[1], 3, padding=1)]
+        )
+        self.predict = nn.Conv2d(dims[1], out, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.predict(x)
+
+
+class OffsetBlock(nn.Module):
+    """One grid: correlate around the current flow, warp the query, predict what to add."""
+
+    def __init__(self, channels: int, config: OffsetConfig, level: int) -> None:
+        super().__init__()
+        dim = config.proj_dims[level]
+        self.radius = config.radii[level]
+        self.levels = config.levels[level]
+        self.lookup = _LOOKUP[config.lookup[level]]
+        self.cosine = config.cosine
+        self.proj = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.BatchNorm2d(dim))
+        if config.cosine:
+            self.log_gain = nn.Parameter(torch.tensor(1.0))
+        self.encoder = MotionEncoder(self.levels * (2 * self.radius + 1) ** 2, config.motion_dims)
+        joint = 2 * dim + config.motion_dims[-1] + 2
+        self.flow_head = Head(joint, config.head_dims[level], 2, kernel=3)
+        self.certainty_head = Head(joint, config.head_dims[level], 1, kernel=1)
+
+    def forward(self, template: Tensor, query: Tensor, flow: Tensor, certainty: Tensor) -> OffsetLevel:
+        template, query = self.proj(template), self.proj(query)
+        if self.cosine:
+            gain = self.log_gain.exp()
+            corr_t, corr_q = gain * F.normalize(template.float(), dim=1), F.normalize(query.float(), dim=1)
+        else:
+            corr_t, corr_q = template / math.sqrt(template.shape[1]), query
+        position = grid_positions(flow.shape[-1], flow) + flow
+        correlation = self.lookup(corr_t, corr_q, position, self.radius, self.levels)
+        motion = self.encoder(correlation, flow)
+        warped = sample_at(query, position.to(query.dtype))
+        joint = torch.cat([template, warped, motion], 1)
+        flow_step = self.flow_head(joint).float()
+        certainty_step = self.certainty_head(joint).float()
+        return OffsetLevel(
+            flow=flow + flow_step,
+            certainty=certainty + certainty_step,
+            flow_step=flow_step,
+            certainty_step=certainty_step,
+            flow_in=flow,
+            template=template,
+            query=query,
+            correlation=correlation,
+            motion=motion,
+        )
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class OffsetRegressor(nn.Module):
+    """The three offset blocks, coarse to fine."""
+
+    def __init__(self, widths: tuple[int, int, int], config: OffsetConfig) -> None:
+        super().__init__()
+        self.detach = config.detach
+        self.blocks = nn.ModuleList([OffsetBlock(width, config, level) for level, width in enumerate(widths)])
+
+    def forward(
+        self, template: tuple[Tensor, ...], query: tuple[Tensor, ...], flow: Tensor, certainty: Tensor
+    ) -> list[OffsetLevel]:
+        """Refine a flow from the 16x16 grid to the 64x64 grid.
+
+        Args:
+            template, query: three maps (B, C, n, n) each, n = 16, 32, 64.
+            flow: (B, 2, 16, 16) initial flow in cells. certainty: (B, 1, 16, 16) initial logits.
+        """
+        levels: list[OffsetLevel] = []
+        for block, t, q in zip(self.blocks, template, query, strict=True):
+            if levels:
+                flow, certainty = 2 * _double(levels[-1].flow), _double(levels[-1].certainty)
+                if self.detach:
+                    flow, certainty = flow.detach(), certainty.detach()
+            levels.append(block(t, q, flow, certainty))
+        return levels
