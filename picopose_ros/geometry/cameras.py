@@ -1,0 +1,209 @@
+"""Pinhole cameras with the lens distortion models of ROS's CameraInfo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from picopose_ros.errors import CameraError
+
+# Number of coefficients each model of CameraInfo may come with; "" is a rectified image.
+_COEFFICIENTS = {
+    "": (0,),
+    "plumb_bob": (0, 4, 5),
+    "rational_polynomial": (0, 8, 12, 14),
+    "equidistant": (0, 4),
+}
+
+_NEWTON_STEPS = 30
+_CONVERGED_PX = 1e-3
+
+
+@dataclass(frozen=True)
+class CameraModel:
+    """Intrinsics of one camera.
+
+    Attributes:
+        K: (3, 3) float64 intrinsic matrix in pixels; pixel centres at whole numbers.
+        width: image width in pixels.
+        height: image height in pixels.
+        distortion_model: "" (none), "plumb_bob", "rational_polynomial" or "equidistant", as in CameraInfo.
+        D: its coefficients in OpenCV's order; empty or all zero means no distortion.
+    """
+
+    K: np.ndarray
+    width: int
+    height: int
+    distortion_model: str = ""
+    D: tuple[float, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        try:
+            K = np.array(self.K, np.float64).reshape(3, 3)
+            D = tuple(float(d) for d in self.D)
+        except (TypeError, ValueError) as error:
+            raise CameraError(f"camera: K must hold 9 numbers and D a list of numbers ({error})") from error
+        K.flags.writeable = False
+        object.__setattr__(self, "K", K)
+        object.__setattr__(self, "D", D)
+
+    @property
+    def distorted(self) -> bool:
+        """Whether pixels must be undistorted before K alone describes them."""
+        return any(self.D)
+
+    def validate(self) -> None:
+        """Check that poses can be computed with this camera.
+
+        Raises:
+            CameraError: K or D holds NaN or infinity, a focal length isn't positive (an uncalibrated camera sends
+                zeros), the image has no size, or the distortion model is unknown or has a wrong number of coefficients.
+        """
+        K = self.K
+        if not np.isfinite(K).all():
+            raise CameraError(f"camera: K holds NaN or infinity ({K.ravel().tolist()}); calibrate the camera")
+        if K[0, 0] <= 0 or K[1, 1] <= 0:
+            raise CameraError(
+                f"camera: focal lengths are {K[0, 0]:g} and {K[1, 1]:g} px, they must be positive; "
+                "an uncalibrated driver sends zeros: calibrate the camera or load its calibration file"
+            )
+        if K[0, 1] != 0 or K[1, 0] != 0 or not np.array_equal(K[2], [0, 0, 1]):
+            raise CameraError(f"camera: K must look like [fx 0 cx; 0 fy cy; 0 0 1], got {K.ravel().tolist()}")
+        if self.width <= 0 or self.height <= 0:
+            raise CameraError(f"camera: the image size is {self.width}x{self.height}")
+        if not np.isfinite(self.D).all():
+            raise CameraError(f"camera: D holds NaN or infinity ({list(self.D)}); calibrate the camera")
+        if not self.distorted:
+            return
+        if self.distortion_model not in _COEFFICIENTS:
+            known = ", ".join(name for name in _COEFFICIENTS if name)
+            raise CameraError(
+                f"camera: distortion model {self.distortion_model!r} is unknown (known: {known}); rectify the images"
+            )
+        if len(self.D) not in _COEFFICIENTS[self.distortion_model]:
+            counts = " or ".join(str(n) for n in _COEFFICIENTS[self.distortion_model] if n) or "none"
+            name = self.distortion_model or "no distortion model"
+            raise CameraError(f"camera: {name} with {len(self.D)} coefficients; it takes {counts}")
+
+    def project(self, xyz: np.ndarray) -> np.ndarray:
+        """Camera-frame points (n, 3) in metres -> pixels (n, 2) float64 of the image as it is, lens included."""
+        xyz = np.asarray(xyz, np.float64).reshape(-1, 3)
+        return self._distort(xyz[:, :2] / xyz[:, 2:])
+
+    def undistort_points(self, uv: np.ndarray) -> np.ndarray:
+        """Pixels (n, 2) of the image as it is -> pixels (n, 2) float64 that K alone describes.
+
+        Rows where the distortion model can't be inverted (far outside the calibrated image) become NaN.
+        """
+        uv = np.asarray(uv, np.float64).reshape(-1, 2)
+        if not self.distorted or len(uv) == 0:
+            return uv.copy()
+        inverse = np.linalg.inv(self.K)
+        # Newton on the forward model: OpenCV's own inverse stops after a few fixed-point steps, which strong lenses
+        # don't converge in, and its interface differs between OpenCV 4 and 5.
+        xy = uv @ inverse[:2, :2].T + inverse[:2, 2]
+        if self.distortion_model == "equidistant":
+            # The image radius is about the angle, which is what the start must undo for wide angles.
+            angle = np.linalg.norm(xy, axis=1, keepdims=True)
+            xy = xy * np.where(angle > 1e-9, np.tan(np.minimum(angle, 1.5)) / np.maximum(angle, 1e-9), 1.0)
+        with np.errstate(all="ignore"):
+            for _ in range(_NEWTON_STEPS):
+                error = self._distort(xy) - uv
+                dx, dy, det = self._derivatives(xy)
+                if not (np.abs(error) > 1e-9).any():
+                    break
+                xy = xy - np.stack(
+                    [
+                        (dy[:, 1] * error[:, 0] - dy[:, 0] * error[:, 1]) / det,
+                        (dx[:, 0] * error[:, 1] - dx[:, 1] * error[:, 0]) / det,
+                    ],
+                    -1,
+                )
+            _, _, det = self._derivatives(xy)
+            # A polynomial folds back outside the calibrated image: a solution there, or on the far side of the axis,
+            # reproduces the pixel but isn't where the light came from.
+            same_side = (xy * (uv - [self.K[0, 2], self.K[1, 2]])).sum(1) > -0.1
+            good = (np.abs(self._distort(xy) - uv).max(1) < _CONVERGED_PX) & (det > 0) & same_side
+        xy[~good] = np.nan
+        return xy @ self.K[:2, :2].T + self.K[:2, 2]
+
+    def _derivatives(self, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """d pixel / dx, d pixel / dy (n, 2) and their determinant (n,) at normalised points (n, 2)."""
+        step = 1e-6
+        dx = (self._distort(xy + [step, 0]) - self._distort(xy - [step, 0])) / (2 * step)
+        dy = (self._distort(xy + [0, step]) - self._distort(xy - [0, step])) / (2 * step)
+        return dx, dy, dx[:, 0] * dy[:, 1] - dy[:, 0] * dx[:, 1]
+
+    def _distort(self, xy: np.ndarray) -> np.ndarray:
+        """Normalised image points (n, 2) at depth 1 -> pixels (n, 2)."""
+        if not self.distorted or len(xy) == 0:
+            return xy @ self.K[:2, :2].T + self.K[:2, 2]
+        D = np.array(self.D)
+        if self.distortion_model == "equidistant":
+            pixels = cv2.fisheye.distortPoints(xy.reshape(-1, 1, 2), self.K, D)
+        else:
+            points = np.concatenate([xy, np.ones((len(xy), 1))], 1)
+            pixels, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), self.K, D)
+        return pixels.reshape(-1, 2)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> CameraModel:
+        """Build from ``{"K": [9 numbers], "width", "height", "distortion_model", "D"}`` and check it.
+
+        ``cam_K`` (BOP's spelling) and a 3x3 nested list are accepted for K.
+
+        Raises:
+            CameraError: something is missing or can't be used.
+        """
+        K = entry.get("K", entry.get("cam_K", entry.get("k")))
+        missing = [name for name, value in (("K", K), *((n, entry.get(n)) for n in ("width", "height"))) if value is None]
+        if missing:
+            raise CameraError(f"camera: {', '.join(missing)} missing; needs K (9 numbers), width and height")
+        try:
+            camera = cls(
+                K=np.array(K, np.float64),
+                width=int(entry["width"]),
+                height=int(entry["height"]),
+                distortion_model=str(entry.get("distortion_model") or ""),
+                D=tuple(entry.get("D", entry.get("d")) or ()),
+            )
+        except (TypeError, ValueError) as error:
+            raise CameraError(f"camera: {error}") from error
+        camera.validate()
+        return camera
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> CameraModel:
+        """Read a camera file; the form is that of :meth:`from_dict`.
+
+        Raises:
+            CameraError: the file can't be read or used; names it.
+        """
+        try:
+            entry = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise CameraError(f"{path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise CameraError(f"{path}: is no JSON file ({error})") from error
+        if not isinstance(entry, dict):
+            raise CameraError(f"{path}: expected a JSON object with K, width and height")
+        try:
+            return cls.from_dict(entry)
+        except CameraError as error:
+            raise CameraError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form :meth:`from_dict` reads."""
+        return {
+            "K": self.K.ravel().tolist(),
+            "width": self.width,
+            "height": self.height,
+            "distortion_model": self.distortion_model,
+            "D": list(self.D),
+        }
