@@ -1,0 +1,466 @@
+"""Procedural objects: unlike families of shapes, textured, made from one integer seed.
+
+Seeds below :data:`VALIDATION_SEED` are for training. From there to :data:`UNSEEN_FAMILY_SEED` come validation objects
+of the same families, and from there on validation objects whose shape and texture families training never sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import trimesh
+
+from picopose_ros.training.textures import paint, project_box, project_cylinder
+
+#: Seeds from here on are held out: they must never be trained on.
+VALIDATION_SEED = 1_000_000
+#: Seeds from here on also use only the shape and texture families that training never sees.
+UNSEEN_FAMILY_SEED = 2_000_000
+#: Longest-lived bounds of the size draw: bounding-box diagonal in metres, log-uniform.
+SIZE_RANGE = (0.02, 1.0)
+
+
+@dataclass(frozen=True)
+class ProceduralObject:
+    """One object made from a seed."""
+
+    seed: int
+    parts: list[trimesh.Trimesh]  # textured, metres; the origin is anywhere near the object, not its centre
+    shape_families: tuple[str, ...]  # one name per part
+    texture_families: tuple[str, ...]  # one name per part
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Bounding box ``(2, 3)`` in metres."""
+        return _bounds(self.parts)
+
+    @property
+    def diagonal(self) -> float:
+        """Length of the bounding box's diagonal in metres."""
+        return float(np.linalg.norm(np.ptp(self.bounds, axis=0)))
+
+    def centred(self) -> list[trimesh.Trimesh]:
+        """Copies of the parts with the bounding-box centre at the origin."""
+        centre = self.bounds.mean(axis=0)
+        return [_moved(part, -centre) for part in self.parts]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    mesh: trimesh.Trimesh  # before texturing, unit-ish size
+    smooth: bool  # shaded with the vertex normals of the whole shape
+    wrap: bool = False  # a cylindrical projection suits it
+
+
+def _bounds(parts: list[trimesh.Trimesh]) -> np.ndarray:
+    return np.array([np.min([p.bounds[0] for p in parts], axis=0), np.max([p.bounds[1] for p in parts], axis=0)])
+
+
+def _moved(part: trimesh.Trimesh, shift: np.ndarray) -> trimesh.Trimesh:
+    moved = part.copy()
+    moved.apply_translation(shift)
+    return moved
+
+
+def _mesh(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+    return trimesh.Trimesh(vertices, faces, process=False)
+
+
+def _lattice(rows: int, columns: int, close_rows: bool, close_columns: bool) -> np.ndarray:
+    """Triangles of a grid of ``rows x columns`` vertices, joined to itself where asked."""
+    row = np.arange(rows if close_rows else rows - 1)
+    column = np.arange(columns if close_columns else columns - 1)
+    r, c = (a.reshape(-1) for a in np.meshgrid(row, column, indexing="ij"))
+    r1, c1 = (r + 1) % rows, (c + 1) % columns
+    a, b, d, e = r * columns + c, r * columns + c1, r1 * columns + c, r1 * columns + c1
+    return np.concatenate([np.stack([a, b, e], -1), np.stack([a, e, d], -1)])
+
+
+def _outward(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    if mesh.volume < 0:
+        mesh.invert()
+    return mesh
+
+
+def _triangulate(outline: np.ndarray) -> np.ndarray:
+    """Ear clipping of a simple counter-clockwise polygon ``(n, 2)``; returns ``(n - 2, 3)`` indices."""
+    rest = list(range(len(outline)))
+    triangles = []
+    while len(rest) > 3:
+        for at in range(len(rest)):
+            i, j, k = rest[at - 1], rest[at], rest[(at + 1) % len(rest)]
+            a, b, c = outline[i], outline[j], outline[k]
+            if (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]) <= 1e-12:
+                continue
+            others = outline[[v for v in rest if v not in (i, j, k)]]
+            inside = np.ones(len(others), bool)
+            for p, q in ((a, b), (b, c), (c, a)):
+                inside &= (q[0] - p[0]) * (others[:, 1] - p[1]) - (q[1] - p[1]) * (others[:, 0] - p[0]) >= 0
+            if not inside.any():
+                triangles.append((i, j, k))
+                rest.pop(at)
+                break
+        else:  # only collinear corners are left: any fan closes the outline
+            triangles.extend((rest[0], rest[n], rest[n + 1]) for n in range(1, len(rest) - 1))
+            return np.array(triangles)
+    triangles.append(tuple(rest))
+    return np.array(triangles)
+
+
+def _extrude(outline: np.ndarray, height: float, layers: int, bevel: float = 0.0) -> trimesh.Trimesh:
+    """Prism over an outline; with a bevel the rims are drawn in towards the outline's mean."""
+    levels = [(z, 1.0) for z in np.linspace(-height / 2, height / 2, layers + 1)]
+    if bevel:
+        rim = min(bevel, height / 4)
+        levels = [(z * (1 - 2 * rim / height), s) for z, s in levels]
+        levels = [(-height / 2, 1 - bevel), *levels, (height / 2, 1 - bevel)]
+    centre = outline.mean(axis=0)
+    rings = [np.column_stack([centre + (outline - centre) * s, np.full(len(outline), z)]) for z, s in levels]
+    count = len(outline)
+    side = _lattice(len(rings), count, False, True)
+    cap = _triangulate(outline)
+    return _mesh(np.concatenate(rings), np.concatenate([side, cap[:, ::-1], cap + count * (len(rings) - 1)]))
+
+
+def _sphere_grid(rows: int = 36, columns: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latitudes and longitudes of a closed grid and its triangles."""
+    latitude = np.linspace(-np.pi / 2, np.pi / 2, rows)
+    longitude = np.linspace(-np.pi, np.pi, columns, endpoint=False)
+    lat, lon = np.meshgrid(latitude, longitude, indexing="ij")
+    return lat, lon, _lattice(rows, columns, False, True)
+
+
+def _clean(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    mesh.merge_vertices()
+    mesh.update_faces(mesh.nondegenerate_faces(height=1e-9))
+    return _outward(mesh)
+
+
+def _revolve(profile: np.ndarray, columns: int = 48) -> trimesh.Trimesh:
+    """Turn a profile of ``(radius, z)`` rows around the z axis."""
+    angle = np.linspace(0, 2 * np.pi, columns, endpoint=False)
+    x = profile[:, :1] * np.cos(angle)
+    y = profile[:, :1] * np.sin(angle)
+    z = np.repeat(profile[:, 1:], columns, axis=1)
+    return _clean(np.stack([x, y, z], -1).reshape(-1, 3), _lattice(len(profile), columns, False, True))
+
+
+def _smooth_profile(points: np.ndarray, count: int) -> np.ndarray:
+    """Round the corners of a profile by repeated corner cutting, then thin it to ``count`` points."""
+    for _ in range(3):
+        cut = np.concatenate([0.75 * points[:-1] + 0.25 * points[1:], 0.25 * points[:-1] + 0.75 * points[1:]], axis=1)
+        points = np.concatenate([points[:1], cut.reshape(-1, 2), points[-1:]])
+    return points[np.unique(np.linspace(0, len(points) - 1, count).astype(int))]
+
+
+def _box(rng: np.random.Generator) -> _Shape:
+    size = np.exp(rng.uniform(np.log(0.2), 0, 3))
+    if rng.uniform() < 0.6:
+        mesh = trimesh.creation.box(size)
+        for _ in range(3):
+            mesh = mesh.subdivide()
+        return _Shape(mesh, smooth=False)
+    exponent = rng.uniform(0.06, 0.25)  # a superquadric this close to a box is a box with round edges
+    return _Shape(_superquadric_mesh(size / 2, exponent, exponent), smooth=True)
+
+
+def _polygon(rng: np.random.Generator) -> np.ndarray:
+    """A counter-clockwise outline: regular, star-like, irregular, or a letter-like bracket."""
+    kind = rng.integers(5)
+    if kind <= 1:
+        count = int(rng.integers(3, 9))
+        angle = np.sort(np.arange(count) + (rng.uniform(-0.3, 0.3, count) if kind else 0)) * 2 * np.pi / count
+        radius = rng.uniform(0.6, 1.0, count) if kind else np.ones(count)
+    elif kind == 2:
+        count = 2 * int(rng.integers(3, 8))
+        angle = np.arange(count) * 2 * np.pi / count
+        radius = np.where(np.arange(count) % 2, rng.uniform(0.35, 0.8), 1.0)
+    elif kind == 3:
+        angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+        phase = rng.uniform(0, 2 * np.pi, 4)
+        radius = 1 + sum(rng.uniform(0, 0.35) / k * np.cos(k * angle + phase[k - 1]) for k in range(1, 5))
+    else:
+        a, b = rng.uniform(0.2, 0.5, 2)
+        c = rng.uniform(0.2, 0.6)
+        brackets = (
+            [(0, 0), (1, 0), (1, a), (b, a), (b, 1), (0, 1)],
+            [(0, 0), (1, 0), (1, 1), (1 - a / 2, 1), (1 - a / 2, b), (a / 2, b), (a / 2, c + 0.35), (0, c + 0.35)],
+            [(c - 0.1, 0), (c + 0.2, 0), (c + 0.2, a), (1, a), (1, a + 0.25), (0, a + 0.25), (0, a), (c - 0.1, a)],
+        )
+        return np.array(brackets[rng.integers(3)], float)
+    stretch = rng.uniform(0.6, 1.0)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle) * stretch], axis=-1) / 2
+
+
+def _prism(rng: np.random.Generator) -> _Shape:
+    bevel = rng.uniform(0.03, 0.12) if rng.uniform() < 0.4 else 0.0
+    return _Shape(_extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False)
+
+
+def _bottle(rng: np.random.Generator) -> _Shape:
+    body, neck = rng.uniform(0.18, 0.4), rng.uniform(0.05, 0.14)
+    shoulder, top = rng.uniform(0.5, 0.75), rng.uniform(0.85, 1.1)
+    waist = body * rng.uniform(0.7, 1.05)
+    cap = neck * rng.uniform(1.0, 1.5)
+    profile = [(0, 0), (body * 0.97, 0), (body, 0.04), (waist, shoulder / 2), (body, shoulder)]
+    profile += [(neck, shoulder + 0.15), (neck, top - 0.06), (cap, top - 0.06), (cap, top), (0, top)]
+    points = np.array(profile)
+    if rng.uniform() < 0.6:
+        points = _smooth_profile(points, 44)
+    return _Shape(_revolve(points), smooth=False, wrap=True)
+
+
+def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
+    height, radius = rng.uniform(0.35, 1.0), rng.uniform(0.3, 0.55)
+    base, wall = radius * rng.uniform(0.45, 1.05), radius * rng.uniform(0.06, 0.12)
+    middle = (base + radius) / 2 * rng.uniform(0.9, 1.25)
+    outer = [(0, 0), (base, 0), (middle, height / 2), (radius, height)]
+    inner = [(radius - wall, height), (middle - wall, height / 2), (max(base - wall, 0.05), 2 * wall), (0, 2 * wall)]
+    return np.array(outer + inner)
+
+
+def _bowl(rng: np.random.Generator) -> _Shape:
+    points = _vessel_profile(rng)
+    return _Shape(_revolve(_smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True)
+
+
+def _mug(rng: np.random.Generator) -> _Shape:
+    points = _vessel_profile(rng)
+    body = _revolve(points)
+    height = points[3, 1]
+    thick = rng.uniform(0.03, 0.06)
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 20)
+    reach, rise = rng.uniform(0.18, 0.35), height * rng.uniform(0.25, 0.36)
+    start = float(np.interp(height / 2, points[1:4, 1], points[1:4, 0])) - 0.03
+    path = np.stack([start + reach * np.cos(angle), 0 * angle, height / 2 + rise * np.sin(angle)], axis=-1)
+    handle = _sweep(path, np.full(len(path), thick), 12)
+    return _Shape(trimesh.util.concatenate([body, handle]), smooth=False, wrap=True)
+
+
+def _turned(rng: np.random.Generator) -> _Shape:
+    """A turned post: random radii along the axis (chess pieces, knobs, spools)."""
+    count = int(rng.integers(4, 10))
+    z = np.sort(rng.uniform(0, 1.2, count))
+    radius = rng.uniform(0.08, 0.45, count)
+    profile = np.concatenate([[(0, z[0])], np.stack([radius, z], -1), [(0, z[-1])]])
+    if rng.uniform() < 0.6:
+        profile = _smooth_profile(profile, 44)
+    return _Shape(_revolve(profile), smooth=False, wrap=True)
+
+
+def _signed_power(value: np.ndarray, exponent: float) -> np.ndarray:
+    return np.sign(value) * np.abs(value) ** exponent
+
+
+def _superquadric_mesh(half: np.ndarray, e1: float, e2: float) -> trimesh.Trimesh:
+    lat, lon, faces = _sphere_grid()
+    across = _signed_power(np.cos(lat), e1)
+    x = half[0] * across * _signed_power(np.cos(lon), e2)
+    y = half[1] * across * _signed_power(np.sin(lon), e2)
+    z = half[2] * _signed_power(np.sin(lat), e1)
+    return _clean(np.stack([x, y, z], -1).reshape(-1, 3), faces)
+
+
+def _superquadric(rng: np.random.Generator) -> _Shape:
+    half = np.exp(rng.uniform(np.log(0.15), np.log(0.5), 3))
+    return _Shape(_superquadric_mesh(half, rng.uniform(0.25, 2.2), rng.uniform(0.25, 2.2)), smooth=True)
+
+
+def _capsule(rng: np.random.Generator) -> _Shape:
+    radius, length = rng.uniform(0.12, 0.35), rng.uniform(0.2, 1.0)
+    arc = np.linspace(0, np.pi / 2, 10)
+    low = np.stack([radius * np.sin(arc), -radius * np.cos(arc)], -1)
+    high = np.stack([radius * rng.uniform(0.6, 1.0) * np.cos(arc), length + radius * np.sin(arc)], -1)
+    return _Shape(_revolve(np.concatenate([low, high])), smooth=True, wrap=rng.uniform() < 0.5)
+
+
+def _torus(rng: np.random.Generator) -> _Shape:
+    a, b = np.meshgrid(*[np.linspace(0, 2 * np.pi, n, endpoint=False) for n in (64, 28)], indexing="ij")
+    tube, squash = rng.uniform(0.08, 0.22), rng.uniform(0.7, 2.0)
+    across = 0.4 + tube * _signed_power(np.cos(b), rng.uniform(0.4, 1.2))
+    z = tube * squash * _signed_power(np.sin(b), rng.uniform(0.4, 1.2))
+    vertices = np.stack([across * np.cos(a), across * np.sin(a) * rng.uniform(0.6, 1.0), z], -1).reshape(-1, 3)
+    return _Shape(_outward(_mesh(vertices, _lattice(64, 28, True, True))), smooth=True)
+
+
+def _blend(rng: np.random.Generator) -> _Shape:
+    """A star-shaped body whose radius mixes two superquadrics along a direction."""
+    lat, lon, faces = _sphere_grid()
+    ray = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+    radii = []
+    for _ in range(2):
+        half, power = np.exp(rng.uniform(np.log(0.2), np.log(0.6), 3)), rng.uniform(1.0, 8.0)
+        radii.append((np.abs(ray / half) ** power).sum(axis=-1) ** (-1 / power))
+    direction = rng.standard_normal(3)
+    weight = 1 / (1 + np.exp(-rng.uniform(2, 6) * (ray @ (direction / np.linalg.norm(direction)))))
+    radius = weight * radii[0] + (1 - weight) * radii[1]
+    return _Shape(_clean((ray * radius[..., None]).reshape(-1, 3), faces), smooth=True)
+
+
+def _sweep(path: np.ndarray, radius: np.ndarray, columns: int) -> trimesh.Trimesh:
+    """A closed tube of the given radii along a path ``(n, 3)``."""
+    tangent = np.gradient(path, axis=0)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+    normal = np.cross(tangent[0], np.eye(3)[np.abs(tangent[0]).argmin()])
+    rings = []
+    angle = np.linspace(0, 2 * np.pi, columns, endpoint=False)[:, None]
+    for point, along, r in zip(path, tangent, radius, strict=True):
+        normal = normal - along * (normal @ along)  # parallel transport: the tube doesn't twist
+        normal /= np.linalg.norm(normal)
+        rings.append(point + r * (np.cos(angle) * normal + np.sin(angle) * np.cross(along, normal)))
+    rings = [np.repeat(path[:1], columns, 0), *rings, np.repeat(path[-1:], columns, 0)]
+    return _clean(np.concatenate(rings), _lattice(len(rings), columns, False, True))
+
+
+def _pipe(rng: np.random.Generator) -> _Shape:
+    """A pipe along a random smooth curve (held out of training)."""
+    knots = np.cumsum(rng.normal(0, 0.35, (5, 3)), axis=0)
+    t = np.linspace(0, 4, 60)
+    path = np.stack([np.interp(t, np.arange(5), knots[:, k]) for k in range(3)], axis=-1)
+    for _ in range(40):
+        path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
+    return _Shape(_sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True)
+
+
+def _stairs(rng: np.random.Generator) -> _Shape:
+    """A stack of slabs of falling size, each shifted on the one below (held out of training)."""
+    slabs, z, size, centre = [], 0.0, rng.uniform(0.6, 1.0, 2), np.zeros(2)
+    for _ in range(int(rng.integers(3, 6))):
+        height = rng.uniform(0.08, 0.3)
+        slab = trimesh.creation.box([*size, height])
+        slab.apply_translation([*centre, z + height / 2])
+        slabs.append(slab.subdivide().subdivide())
+        smaller = size * rng.uniform(0.55, 0.9, 2)
+        centre = centre + rng.uniform(-0.5, 0.5, 2) * (size - smaller)
+        size, z = smaller, z + height * 0.999
+    return _Shape(trimesh.util.concatenate(slabs), smooth=False)
+
+
+Family = Callable[[np.random.Generator], _Shape]
+TRAINING_SHAPES: dict[str, tuple[Family, float]] = {
+    "box": (_box, 0.2),
+    "prism": (_prism, 0.2),
+    "bottle": (_bottle, 0.08),
+    "bowl": (_bowl, 0.06),
+    "mug": (_mug, 0.08),
+    "turned": (_turned, 0.08),
+    "superquadric": (_superquadric, 0.1),
+    "capsule": (_capsule, 0.05),
+    "torus": (_torus, 0.05),
+    "blend": (_blend, 0.1),
+}
+HELD_OUT_SHAPES: dict[str, tuple[Family, float]] = {"pipe": (_pipe, 0.5), "stairs": (_stairs, 0.5)}
+
+
+def _taper_and_bend(rng: np.random.Generator, mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Taper along the longest axis, twist around it, or bend the axis into an arc; most shapes are left alone."""
+    if rng.uniform() > 0.4:
+        return mesh
+    axis = int(mesh.extents.argmax())
+    points = np.roll(mesh.vertices - mesh.bounds.mean(axis=0), 2 - axis, axis=1)
+    length = np.ptp(points[:, 2])
+    along = points[:, 2] / length
+    kind = rng.integers(3)
+    if kind == 0:
+        points[:, :2] *= (1 + rng.uniform(-0.7, 0.7) * along)[:, None]
+    elif kind == 1:
+        twist = rng.uniform(-1.2, 1.2) * along
+        x, y = points[:, 0].copy(), points[:, 1].copy()
+        points[:, 0], points[:, 1] = np.cos(twist) * x - np.sin(twist) * y, np.sin(twist) * x + np.cos(twist) * y
+    else:
+        angle = rng.uniform(0.4, 1.6)
+        radius = length / angle
+        if np.abs(points[:, 0]).max() < 0.8 * radius:
+            turn = along * angle
+            ray = radius - points[:, 0]
+            points[:, 0], points[:, 2] = radius - ray * np.cos(turn), ray * np.sin(turn)
+    return _mesh(np.roll(points, axis - 2, axis=1), mesh.faces)
+
+
+def _random_rotation(rng: np.random.Generator) -> np.ndarray:
+    return trimesh.transformations.random_rotation_matrix(rng.uniform(0, 1, 3))[:3, :3]
+
+
+def _align(source: np.ndarray, target: np.ndarray, roll: float) -> np.ndarray:
+    """Rotation that takes one unit vector to another, rolled about the target."""
+    swing = trimesh.geometry.align_vectors(source, target)[:3, :3]
+    return trimesh.transformations.rotation_matrix(roll, target)[:3, :3] @ swing
+
+
+def _surface_point(rng: np.random.Generator, mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
+    face = rng.choice(len(mesh.faces), p=mesh.area_faces / mesh.area)
+    weight = rng.dirichlet(np.ones(3))
+    return weight @ mesh.triangles[face], mesh.face_normals[face]
+
+
+def _attach(rng: np.random.Generator, body: trimesh.Trimesh, part: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Turn and move a part so that a point of its surface lies sunk into a point of the body's surface."""
+    at, normal = _surface_point(rng, body)
+    own, own_normal = _surface_point(rng, part)
+    rotation = _align(own_normal, -normal, rng.uniform(0, 2 * np.pi))
+    depth = rng.uniform(0.04, 0.15) * part.extents.min()
+    vertices = (part.vertices - own) @ rotation.T + at - depth * normal
+    return _mesh(vertices, part.faces)
+
+
+def _draw(rng: np.random.Generator, families: dict[str, tuple[Family, float]]) -> str:
+    share = np.array([weight for _, weight in families.values()])
+    return list(families)[rng.choice(len(families), p=share / share.sum())]
+
+
+def build_object(seed: int, texture_size: int = 512) -> ProceduralObject:
+    """Make the object of a seed, with the names of its families.
+
+    :param seed: any non-negative integer; see the module's text for what its range means.
+    :param texture_size: side of the texture images in pixels.
+    :raises ValueError: on a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"object seed {seed} is negative: use 0 or more")
+    rng = np.random.default_rng([seed, 0x91C0])
+    unseen = seed >= UNSEEN_FAMILY_SEED
+    families = HELD_OUT_SHAPES if unseen else TRAINING_SHAPES
+    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.5, 0.2, 0.15, 0.1, 0.05]))
+    names, shapes = [], []
+    for index in range(count):
+        name = _draw(rng, families)
+        shape = families[name][0](rng)
+        mesh = _taper_and_bend(rng, shape.mesh)
+        mesh = _mesh(mesh.vertices / np.linalg.norm(mesh.extents), mesh.faces)
+        if index:
+            mesh = _mesh(mesh.vertices * rng.uniform(0.35, 0.95), mesh.faces)
+            mesh = _attach(rng, shapes[int(rng.integers(index))].mesh, mesh)
+        names.append(name)
+        # the wrap follows the z axis, which only the first part still has
+        shapes.append(_Shape(mesh, shape.smooth, shape.wrap and index == 0))
+    whole = _bounds([shape.mesh for shape in shapes])
+    diagonal = np.exp(rng.uniform(*np.log(SIZE_RANGE)))
+    factor = diagonal / np.linalg.norm(np.ptp(whole, axis=0))
+    turn = np.eye(3) if rng.uniform() < 0.7 else _random_rotation(rng)
+
+    shared = paint(rng, texture_size, unseen)
+    parts, textures = [], []
+    for shape in shapes:
+        name, image = shared if rng.uniform() < 0.4 else paint(rng, texture_size, unseen)
+        mesh = _mesh(shape.mesh.vertices * factor, shape.mesh.faces)
+        scale = float(mesh.extents.max() * rng.uniform(1.1, 2.0))
+        project = project_cylinder if shape.wrap and rng.uniform() < 0.7 else project_box
+        textured = project(mesh, image, rng, scale, shape.smooth)
+        rotation = np.eye(4)
+        rotation[:3, :3] = turn
+        textured.apply_transform(rotation)
+        parts.append(textured)
+        textures.append(name)
+    spread = _bounds(parts)
+    rescale = diagonal / np.linalg.norm(np.ptp(spread, axis=0))  # a turned box has another diagonal
+    for part in parts:
+        part.apply_scale(rescale)
+    return ProceduralObject(seed, parts, tuple(names), tuple(textures))
+
+
+def make_object(seed: int) -> list[trimesh.Trimesh]:
+    """Make the textured parts of a seed's object, in metres; see :func:`build_object`."""
+    return build_object(seed).parts
