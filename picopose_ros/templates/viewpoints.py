@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from picopose_ros.errors import ConfigError
+
 VIEWPOINT_COUNTS: tuple[int, ...] = (42, 162, 642)
 """Numbers of viewpoints that exist: the icosahedron's edges bisected one, two or three times."""
 
@@ -50,21 +52,22 @@ def icosphere(subdivisions: int) -> np.ndarray:
 def viewpoint_rotations(count: int = 162) -> np.ndarray:
     """Rotations of the template cameras around an object (released network: 162, paper: 42 to 642).
 
-    The camera sits at the viewpoint p (unit vector, object frame), its optical axis z = -p points at the object's
-    centre, x = normalise((0, 0, -1) x z) is horizontal and y = z x x points down; at the two poles the helper
-    vector is (0, -1, 0).
+    The camera sits at the viewpoint p (unit vector, object frame), its optical axis z = -p points at the
+    object's centre, x = normalise((0, 0, -1) x z) is horizontal and y = z x x points down; at the two poles
+    (0, -1, 0) replaces (0, 0, -1).
 
     Args:
         count: 42, 162 or 642.
 
     Returns:
-        (count, 3, 3) float64 ``R_cam_obj`` (object -> OpenCV camera), in ascending order of the camera's elevation.
+        (count, 3, 3) float64 ``R_cam_obj`` (object -> OpenCV camera), the lowest camera first.
 
     Raises:
-        ValueError: any other count.
+        ConfigError: any other count.
     """
     if count not in VIEWPOINT_COUNTS:
-        raise ValueError(f"{count} viewpoints are not a subdivided icosahedron; choose one of {VIEWPOINT_COUNTS}")
+        choices = ", ".join(map(str, VIEWPOINT_COUNTS))
+        raise ConfigError(f"viewpoints is {count}, but a subdivided icosahedron has one of {choices}")
     positions = icosphere(1 + VIEWPOINT_COUNTS.index(count))
     rotations = np.empty((count, 3, 3))
     for rotation, position in zip(rotations, positions, strict=True):
