@@ -1,0 +1,87 @@
+"""``picopose_node``, the executable: ``python -m picopose_ros.node --ros-args -p mesh_dir:=...``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+STOP_SECONDS = 10.0
+"""How long the worker may take to finish what it has in hand."""
+
+
+class StopRequest:
+    """Remembers that SIGINT or SIGTERM came. A second one changes nothing, so it can't break the clean-up."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Take over both signals."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the node until it is told to stop.
+
+    Args:
+        args: command line without the program's name; None takes the process's own.
+
+    Returns:
+        0 after SIGINT or SIGTERM, 1 if the node could not start.
+    """
+    stop = StopRequest()
+    stop.install()
+    # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.
+    import rclpy
+    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.logging import get_logger
+    from rclpy.signals import SignalHandlerOptions
+
+    from picopose_ros.errors import PicoPoseError
+    from picopose_ros.node.node import PicoPoseNode
+
+    rclpy.init(
+        args=None if args is None else ["picopose_node", *args], signal_handler_options=SignalHandlerOptions.NO
+    )
+    try:
+        node = PicoPoseNode()
+    except PicoPoseError as error:
+        get_logger("picopose_node").fatal(str(error))
+        rclpy.shutdown()
+        return 1
+
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while rclpy.ok() and not stop.requested and node.failure is None:
+            executor.spin_once(timeout_sec=0.2)
+    except ExternalShutdownException:
+        pass
+    failure = node.failure
+    if isinstance(failure, PicoPoseError):
+        node.get_logger().fatal(str(failure))
+    elif failure is not None:
+        node.get_logger().fatal("".join(traceback.format_exception(failure)))
+    finished = node.close(STOP_SECONDS)
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown()
+    code = 0 if failure is None else 1
+    if not finished:
+        # The worker is deep in native code; tearing the interpreter down under it would crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

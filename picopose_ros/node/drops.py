@@ -1,0 +1,103 @@
+"""Why something was not published: a closed list of reasons, counted, and logged without flooding."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class DropReason(str, Enum):
+    """One value per thing that can keep a segmentation, or one of its segments, from becoming a pose.
+
+    The values are the keys of the counters in ``/diagnostics`` and the words in brackets in the log.
+    """
+
+    NO_IMAGE = "no_image"
+    IMAGE_LEFT_BUFFER = "image_left_buffer"
+    NO_CAMERA_INFO = "no_camera_info"
+    BUSY = "busy"
+    BAD_IMAGE = "bad_image"
+    BAD_CAMERA_INFO = "bad_camera_info"
+    BAD_SEGMENT = "bad_segment"
+    MASK_SIZE = "mask_size"
+    EMPTY_MASK = "empty_mask"
+    SMALL_MASK = "small_mask"
+    UNKNOWN_CLASS = "unknown_class"
+    NO_POSE = "no_pose"
+    LOW_SCORE = "low_score"
+    BAD_FRAME_ID = "bad_frame_id"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True)
+class DropCount:
+    """What is known of one reason: how often it happened, the last message, how long ago (s)."""
+
+    count: int
+    last_message: str
+    age: float
+
+
+@dataclass
+class _Entry:
+    count: int = 0
+    unlogged: int = 0
+    last_message: str = ""
+    last_time: float = 0.0
+    last_logged: float | None = None
+
+
+class DropLog:
+    """Counts drops by reason; logs the first of a reason at once, later ones at most every ``interval`` seconds.
+
+    Thread-safe: the executor and the worker both record.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[str], None],
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._log = log
+        self._interval = interval
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[DropReason, _Entry] = {}
+
+    def record(self, reason: DropReason, message: str) -> None:
+        """Count one drop; ``message`` says what, where and what to do about it."""
+        now = self._clock()
+        with self._lock:
+            entry = self._entries.setdefault(reason, _Entry())
+            entry.count += 1
+            entry.last_message = message
+            entry.last_time = now
+            due = entry.last_logged is None or now - entry.last_logged >= self._interval
+            earlier = entry.unlogged
+            if due:
+                entry.last_logged = now
+                entry.unlogged = 0
+            else:
+                entry.unlogged += 1
+        if due:
+            more = f" ({earlier} more like it since the last line)" if earlier else ""
+            self._log(f"[{reason.value}] {message}{more}")
+
+    def snapshot(self) -> dict[DropReason, DropCount]:
+        """The counters now, in the order of :class:`DropReason`; reasons that never happened are absent."""
+        now = self._clock()
+        with self._lock:
+            return {
+                reason: DropCount(entry.count, entry.last_message, now - entry.last_time)
+                for reason in DropReason
+                if (entry := self._entries.get(reason)) is not None
+            }
+
+    def total(self) -> int:
+        """How many drops there were of any reason."""
+        with self._lock:
+            return sum(entry.count for entry in self._entries.values())

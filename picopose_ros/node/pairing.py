@@ -1,0 +1,174 @@
+"""Which image a segmentation belongs to: the one with exactly its stamp, found in a buffer of recent images.
+
+No ROS in here. Messages are opaque payloads, stamps are integer nanoseconds, ``now`` is a monotonic clock in seconds.
+Everything is aged by its *receipt*, not by its stamp, so that a bag that loops or plays slowly changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from picopose_ros.node.drops import DropReason
+
+MAX_PENDING = 64
+"""Segmentations that may wait for their image at once; more means that no image will come."""
+
+_REMEMBERED_STAMPS = 8192
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A segmentation with its image and camera_info; ``received`` is when the segmentation came (monotonic s)."""
+
+    stamp: int
+    image: Any
+    camera_info: Any
+    segmentation: Any
+    received: float
+
+
+@dataclass(frozen=True)
+class _Timed:
+    payload: Any
+    received: float
+
+
+@dataclass
+class PairingCounts:
+    """How many messages came in on each topic, and how many pairs went out."""
+
+    images: int = 0
+    camera_infos: int = 0
+    segmentations: int = 0
+    pairs: int = 0
+
+
+class StampPairing:
+    """Ring buffer of images by exact stamp, and the segmentations that wait for theirs.
+
+    ``camera_info`` is the one with the image's stamp where there is one, else the newest: drivers that publish it
+    seldom, or once and latched, are common.
+
+    Args:
+        duration: seconds that an image stays in the buffer; longer than the segmenter takes.
+        capacity: images that the buffer holds at most, whatever their age (bounds the memory).
+        patience: seconds that a segmentation waits for an image or a camera_info that is still on its way.
+        report: called with a reason and a message for every segmentation that can't be paired.
+    """
+
+    def __init__(
+        self,
+        duration: float,
+        capacity: int,
+        report: Callable[[DropReason, str], None],
+        patience: float = 1.0,
+    ) -> None:
+        self._duration = duration
+        self._capacity = capacity
+        self._patience = patience
+        self._report = report
+        self._images: OrderedDict[int, _Timed] = OrderedDict()
+        self._infos: OrderedDict[int, _Timed] = OrderedDict()
+        self._newest_info: Any = None
+        self._waiting: deque[tuple[int, _Timed]] = deque()
+        self._gone: OrderedDict[int, None] = OrderedDict()
+        self.counts = PairingCounts()
+
+    def __len__(self) -> int:
+        """Images in the buffer."""
+        return len(self._images)
+
+    def add_image(self, stamp: int, image: Any, now: float) -> list[Pair]:
+        """Keep an image; returns the pairs that it completes."""
+        self.counts.images += 1
+        self._images.pop(stamp, None)
+        self._images[stamp] = _Timed(image, now)
+        self._gone.pop(stamp, None)
+        self._age(now)
+        return self._match()
+
+    def add_camera_info(self, stamp: int, info: Any, now: float) -> list[Pair]:
+        """Keep a camera_info; returns the pairs that it completes."""
+        self.counts.camera_infos += 1
+        self._newest_info = info
+        self._infos.pop(stamp, None)
+        self._infos[stamp] = _Timed(info, now)
+        self._age(now)
+        return self._match()
+
+    def add_segmentation(self, stamp: int, segmentation: Any, now: float) -> list[Pair]:
+        """Pair a segmentation, or keep it until its image comes; returns the pairs made."""
+        self.counts.segmentations += 1
+        self._age(now)
+        if stamp in self._gone:
+            self._report(
+                DropReason.IMAGE_LEFT_BUFFER,
+                f"the image of segmentation {format_stamp(stamp)} has left the buffer ({self._duration:g} s, "
+                f"{self._capacity} images): the segmenter is slower than that; raise buffer_seconds or buffer_images",
+            )
+            return []
+        if len(self._waiting) >= MAX_PENDING:
+            self._give_up(*self._waiting.popleft())
+        self._waiting.append((stamp, _Timed(segmentation, now)))
+        return self._match()
+
+    def expire(self, now: float) -> None:
+        """Drop what is too old; called now and then, because silence on a topic is a reason too."""
+        self._age(now)
+        # Oldest first, so the ones that are out of patience are at the front.
+        while self._waiting and now - self._waiting[0][1].received > self._patience:
+            self._give_up(*self._waiting.popleft())
+
+    def _match(self) -> list[Pair]:
+        pairs: list[Pair] = []
+        still: deque[tuple[int, _Timed]] = deque()
+        for stamp, segmentation in self._waiting:
+            image = self._images.get(stamp)
+            own_info = self._infos.get(stamp)
+            info = own_info.payload if own_info is not None else self._newest_info
+            if image is None or info is None:
+                still.append((stamp, segmentation))
+                continue
+            pairs.append(Pair(stamp, image.payload, info, segmentation.payload, segmentation.received))
+        self._waiting = still
+        self.counts.pairs += len(pairs)
+        return pairs
+
+    def _age(self, now: float) -> None:
+        while self._images and (
+            len(self._images) > self._capacity or now - next(iter(self._images.values())).received > self._duration
+        ):
+            stamp, _ = self._images.popitem(last=False)
+            self._gone[stamp] = None
+            if len(self._gone) > _REMEMBERED_STAMPS:
+                self._gone.popitem(last=False)
+        while self._infos and (
+            len(self._infos) > self._capacity or now - next(iter(self._infos.values())).received > self._duration
+        ):
+            self._infos.popitem(last=False)
+
+    def _give_up(self, stamp: int, segmentation: _Timed) -> None:
+        if stamp in self._images:
+            self._report(
+                DropReason.NO_CAMERA_INFO,
+                f"segmentation {format_stamp(stamp)} has its image, but no camera_info has come: "
+                "check the camera_info topic's name and its QoS",
+            )
+            return
+        if self._images:
+            nearest = min(self._images, key=lambda other: abs(other - stamp))
+            hint = (
+                f"the nearest of {len(self._images)} buffered images is {abs(nearest - stamp) / 1e6:.3f} ms away; "
+                "the segmenter must copy the image's header.stamp"
+            )
+        else:
+            hint = "no image at all is in the buffer; check the image topic's name and its QoS"
+        self._report(DropReason.NO_IMAGE, f"no image has the stamp of segmentation {format_stamp(stamp)}: {hint}")
+
+
+def format_stamp(stamp: int) -> str:
+    """``12.345678901`` for nanoseconds, the way ROS prints a stamp."""
+    return f"{stamp // 1_000_000_000}.{stamp % 1_000_000_000:09d}"
