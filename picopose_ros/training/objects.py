@@ -1,7 +1,8 @@
 """Procedural objects: unlike families of shapes, textured, made from one integer seed.
 
-Seeds below :data:`VALIDATION_SEED` are for training. From there to :data:`UNSEEN_FAMILY_SEED` come validation objects
-of the same families, and from there on validation objects whose shape and texture families training never sees.
+Seeds below :data:`VALIDATION_SEED` are for training. From there to :data:`UNSEEN_FAMILY_SEED` come
+validation objects of the same families, and from there on validation objects whose shape and texture
+families training never sees.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class _Shape:
 
 
 def _bounds(parts: list[trimesh.Trimesh]) -> np.ndarray:
-    return np.array([np.min([p.bounds[0] for p in parts], axis=0), np.max([p.bounds[1] for p in parts], axis=0)])
+    return np.array(
+        [np.min([p.bounds[0] for p in parts], axis=0), np.max([p.bounds[1] for p in parts], axis=0)]
+    )
 
 
 def _moved(part: trimesh.Trimesh, shift: np.ndarray) -> trimesh.Trimesh:
@@ -151,7 +154,9 @@ def _revolve(profile: np.ndarray, columns: int = 48) -> trimesh.Trimesh:
 def _smooth_profile(points: np.ndarray, count: int) -> np.ndarray:
     """Round the corners of a profile by repeated corner cutting, then thin it to ``count`` points."""
     for _ in range(3):
-        cut = np.concatenate([0.75 * points[:-1] + 0.25 * points[1:], 0.25 * points[:-1] + 0.75 * points[1:]], axis=1)
+        cut = np.concatenate(
+            [0.75 * points[:-1] + 0.25 * points[1:], 0.25 * points[:-1] + 0.75 * points[1:]], axis=1
+        )
         points = np.concatenate([points[:1], cut.reshape(-1, 2), points[-1:]])
     return points[np.unique(np.linspace(0, len(points) - 1, count).astype(int))]
 
@@ -187,8 +192,26 @@ def _polygon(rng: np.random.Generator) -> np.ndarray:
         c = rng.uniform(0.2, 0.6)
         brackets = (
             [(0, 0), (1, 0), (1, a), (b, a), (b, 1), (0, 1)],
-            [(0, 0), (1, 0), (1, 1), (1 - a / 2, 1), (1 - a / 2, b), (a / 2, b), (a / 2, c + 0.35), (0, c + 0.35)],
-            [(c - 0.1, 0), (c + 0.2, 0), (c + 0.2, a), (1, a), (1, a + 0.25), (0, a + 0.25), (0, a), (c - 0.1, a)],
+            [
+                (0, 0),
+                (1, 0),
+                (1, 1),
+                (1 - a / 2, 1),
+                (1 - a / 2, b),
+                (a / 2, b),
+                (a / 2, c + 0.35),
+                (0, c + 0.35),
+            ],
+            [
+                (c - 0.1, 0),
+                (c + 0.2, 0),
+                (c + 0.2, a),
+                (1, a),
+                (1, a + 0.25),
+                (0, a + 0.25),
+                (0, a),
+                (c - 0.1, a),
+            ],
         )
         return np.array(brackets[rng.integers(3)], float)
     stretch = rng.uniform(0.6, 1.0)
@@ -197,7 +220,9 @@ def _polygon(rng: np.random.Generator) -> np.ndarray:
 
 def _prism(rng: np.random.Generator) -> _Shape:
     bevel = rng.uniform(0.03, 0.12) if rng.uniform() < 0.4 else 0.0
-    return _Shape(_extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False)
+    return _Shape(
+        _extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False
+    )
 
 
 def _bottle(rng: np.random.Generator) -> _Shape:
@@ -218,13 +243,20 @@ def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
     base, wall = radius * rng.uniform(0.45, 1.05), radius * rng.uniform(0.06, 0.12)
     middle = (base + radius) / 2 * rng.uniform(0.9, 1.25)
     outer = [(0, 0), (base, 0), (middle, height / 2), (radius, height)]
-    inner = [(radius - wall, height), (middle - wall, height / 2), (max(base - wall, 0.05), 2 * wall), (0, 2 * wall)]
+    inner = [
+        (radius - wall, height),
+        (middle - wall, height / 2),
+        (max(base - wall, 0.05), 2 * wall),
+        (0, 2 * wall),
+    ]
     return np.array(outer + inner)
 
 
 def _bowl(rng: np.random.Generator) -> _Shape:
     points = _vessel_profile(rng)
-    return _Shape(_revolve(_smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True)
+    return _Shape(
+        _revolve(_smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True
+    )
 
 
 def _mug(rng: np.random.Generator) -> _Shape:
@@ -282,7 +314,9 @@ def _torus(rng: np.random.Generator) -> _Shape:
     tube, squash = rng.uniform(0.08, 0.22), rng.uniform(0.7, 2.0)
     across = 0.4 + tube * _signed_power(np.cos(b), rng.uniform(0.4, 1.2))
     z = tube * squash * _signed_power(np.sin(b), rng.uniform(0.4, 1.2))
-    vertices = np.stack([across * np.cos(a), across * np.sin(a) * rng.uniform(0.6, 1.0), z], -1).reshape(-1, 3)
+    vertices = np.stack([across * np.cos(a), across * np.sin(a) * rng.uniform(0.6, 1.0), z], -1).reshape(
+        -1, 3
+    )
     return _Shape(_outward(_mesh(vertices, _lattice(64, 28, True, True))), smooth=True)
 
 
@@ -322,7 +356,9 @@ def _pipe(rng: np.random.Generator) -> _Shape:
     path = np.stack([np.interp(t, np.arange(5), knots[:, k]) for k in range(3)], axis=-1)
     for _ in range(40):
         path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
-    return _Shape(_sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True)
+    return _Shape(
+        _sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True
+    )
 
 
 def _stairs(rng: np.random.Generator) -> _Shape:
@@ -356,7 +392,7 @@ HELD_OUT_SHAPES: dict[str, tuple[Family, float]] = {"pipe": (_pipe, 0.5), "stair
 
 
 def _taper_and_bend(rng: np.random.Generator, mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    """Taper along the longest axis, twist around it, or bend the axis into an arc; most shapes are left alone."""
+    """Taper along the longest axis, twist around it, or bend it into an arc; most shapes are left alone."""
     if rng.uniform() > 0.4:
         return mesh
     axis = int(mesh.extents.argmax())
@@ -369,7 +405,10 @@ def _taper_and_bend(rng: np.random.Generator, mesh: trimesh.Trimesh) -> trimesh.
     elif kind == 1:
         twist = rng.uniform(-1.2, 1.2) * along
         x, y = points[:, 0].copy(), points[:, 1].copy()
-        points[:, 0], points[:, 1] = np.cos(twist) * x - np.sin(twist) * y, np.sin(twist) * x + np.cos(twist) * y
+        points[:, 0], points[:, 1] = (
+            np.cos(twist) * x - np.sin(twist) * y,
+            np.sin(twist) * x + np.cos(twist) * y,
+        )
     else:
         angle = rng.uniform(0.4, 1.6)
         radius = length / angle

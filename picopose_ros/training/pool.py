@@ -1,11 +1,11 @@
-"""A pool of rendered views of procedural objects on disk: written once, read by training while it still grows.
+"""Rendered views of procedural objects on disk: written once, read by training while the pool still grows.
 
-A pool is a folder of NumPy files that are mapped, not loaded. The unit is the *cluster*: one template view of an
-object, rendered as :mod:`picopose_ros.templates.bank` renders it, and a few query views from nearby directions.
-Everything is in the object's centred frame (origin at the bounding-box centre), metres.
+A pool is a folder of NumPy files that are mapped, not loaded. The unit is the *cluster*: one template view
+of an object, rendered as :mod:`picopose_ros.templates.bank` renders it, and a few query views from nearby
+directions. Everything is in the object's centred frame (origin at the bounding-box centre), metres.
 
-Query depth is stored as 16-bit steps of the object's diagonal: value 0 is background, value ``q`` is the depth
-``z_centre + diagonal * ((q - 1) / 65534 - 0.5)``, so that it is off by at most ``diagonal / 131068``.
+Query depth is stored as 16-bit steps of the object's diagonal: value 0 is background, value ``q`` is the
+depth ``z_centre + diagonal * ((q - 1) / 65534 - 0.5)``, so that it is off by at most ``diagonal / 131068``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from picopose_ros.training.objects import VALIDATION_SEED, build_object
 QUERY_SIZE = 256
 _FORMAT = 1
 _VIEWPOINTS = 162
-# The templates' camera; the window is the part of its image that can show a centred object at twice its diagonal.
+# The templates' camera; the window is the part of its image that can show a centred object at twice its
+# diagonal.
 _TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0.0, 1.0]])
 _WINDOW = CropBox(left=160, top=80, side=320)
 _DEPTH_STEPS = 65534
@@ -158,9 +159,10 @@ def _rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
 def draw_query_pose(rng: np.random.Generator, rotation: np.ndarray, diagonal: float) -> np.ndarray:
     """Draw T_cam_ctr (4, 4) of a query near a template's rotation.
 
-    The direction of view differs by up to 10 degrees (70 %) or 10 to 25 degrees (30 %), without any roll (training
-    rolls the image instead); the distance is 2.5 to 8 diagonals; half of the objects lie off the optical axis, by up
-    to 15 degrees, because the perspective of an object near the border of an image is another one.
+    The direction of view differs by up to 10 degrees (70 %) or 10 to 25 degrees (30 %), without any roll
+    (training rolls the image instead); the distance is 2.5 to 8 diagonals; half of the objects lie off the
+    optical axis, by up to 15 degrees, because the perspective of an object near the border of an image is
+    another one.
     """
     tilt = np.deg2rad(10.0 * np.sqrt(rng.uniform()) if rng.uniform() < 0.7 else rng.uniform(10.0, 25.0))
     heading = rng.uniform(0, 2 * np.pi)
@@ -175,7 +177,7 @@ def draw_query_pose(rng: np.random.Generator, rotation: np.ndarray, diagonal: fl
 
 
 def framing_intrinsics(points: np.ndarray, T_cam_ctr: np.ndarray, size: int = QUERY_SIZE) -> np.ndarray:
-    """Intrinsics (3, 3) with which the projection of points ``(n, 3)`` fills 90 % of a square image, in its middle."""
+    """Intrinsics (3, 3) that let the projection of points ``(n, 3)`` fill 90 % of a square image, centred."""
     seen = points @ T_cam_ctr[:3, :3].T + T_cam_ctr[:3, 3]
     rays = seen[:, :2] / seen[:, 2:]
     low, high = rays.min(axis=0), rays.max(axis=0)
@@ -199,28 +201,32 @@ def _open(folder: Path, plan: _Plan, mode: str) -> dict[str, np.ndarray]:
         try:
             arrays[name] = np.lib.format.open_memmap(path, mode=mode)
         except (OSError, ValueError) as error:
-            raise PicoPoseError(f"pool file {path} cannot be mapped ({error}): delete the folder and build it again") from error
+            raise PicoPoseError(
+                f"pool file {path} cannot be mapped ({error}): delete the folder and build it again"
+            ) from error
         if arrays[name].shape != shape or arrays[name].dtype != dtype:
-            raise PicoPoseError(f"pool file {path} does not fit {folder / 'pool.json'}: delete the folder and build it again")
+            raise PicoPoseError(
+                f"pool file {path} does not fit {folder / 'pool.json'}: delete the folder and build it again"
+            )
     return arrays
 
 
 def _create(folder: Path, plan: _Plan) -> None:
-    """Make every file at its full size, so that a disk that is too small shows now and not as a crash on a page."""
+    """Make every file at its full size: a disk that is too small shows now and not as a crash on a page."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (shape, dtype) in _arrays(plan).items():
-        path = folder / f"{name}.npy"
+        path, length = folder / f"{name}.npy", int(np.prod(shape)) * np.dtype(dtype).itemsize
         try:
             array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            length, offset = array.nbytes, array.offset
+            offset = array.offset
             del array
             with path.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, offset + length)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise PicoPoseError(
-                f"cannot reserve {int(np.prod(shape)) * np.dtype(dtype).itemsize / 1e9:.1f} GB for pool file {path}"
-                f" ({error.strerror}): free disk space or build fewer objects"
+                f"cannot reserve {length / 1e9:.1f} GB for {path} ({error.strerror}): free disk space or build"
+                " fewer objects"
             ) from error
     _write_json(folder / "pool.json", asdict(plan))  # last: a folder without it is not a pool yet
 
@@ -232,7 +238,9 @@ def _read_plan(folder: Path) -> _Plan | None:
     try:
         return _Plan(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise PicoPoseError(f"pool description {path} cannot be read ({error}): delete the folder and build it again") from error
+        raise PicoPoseError(
+            f"pool description {path} cannot be read ({error}): delete the folder and build it again"
+        ) from error
 
 
 def _families(folder: Path, index: int) -> Path:
@@ -250,7 +258,9 @@ def _render_object(
     rng = np.random.default_rng([seed, 0x9001])
     for cluster, viewpoint in enumerate(rng.permutation(_VIEWPOINTS)[: plan.clusters]):
         row = index * plan.clusters + cluster
-        template = render_template(renderer, parts, template_pose(rotations[viewpoint], diagonal), int(viewpoint))
+        template = render_template(
+            renderer, parts, template_pose(rotations[viewpoint], diagonal), int(viewpoint)
+        )
         arrays["template_rgb"][row] = template.rgb
         arrays["template_mask"][row] = template.mask
         arrays["template_points"][row] = template.points_consistent
@@ -273,7 +283,9 @@ def _render_object(
     _write_json(_families(folder, index), names)
 
 
-def _work(folder: Path, plan: _Plan, worker: int, workers: int, progress: Callable[[int, int], None] | None) -> None:
+def _work(
+    folder: Path, plan: _Plan, worker: int, workers: int, progress: Callable[[int, int], None] | None
+) -> None:
     arrays = _open(folder, plan, "r+")
     state = arrays["state"]
     with MeshRenderer(antialias=True) as renderer:
@@ -289,7 +301,9 @@ def _work(folder: Path, plan: _Plan, worker: int, workers: int, progress: Callab
                 state[index] = _COMPLETE
             done = int(np.count_nonzero(state == _COMPLETE))
             broken = [plan.first_seed + int(i) for i in np.flatnonzero(state == _BROKEN)]
-            _write_json(folder / "progress.json", {"objects": plan.objects, "done": done, "broken_seeds": broken})
+            _write_json(
+                folder / "progress.json", {"objects": plan.objects, "done": done, "broken_seeds": broken}
+            )
             if progress is not None:
                 progress(done, plan.objects)
 
@@ -305,8 +319,8 @@ def build_pool(
 ) -> None:
     """Render a pool, or go on with one that was interrupted.
 
-    An object counts once its views are all written; an object that was cut short is rendered again. An object that
-    cannot be rendered is skipped, and its seed is named in ``progress.json``.
+    An object counts once its views are all written; an object that was cut short is rendered again. An
+    object that cannot be rendered is skipped, and its seed is named in ``progress.json``.
 
     :param out_dir: the pool's folder; made if needed.
     :param objects: number of objects; seeds ``first_seed`` and up.
@@ -314,8 +328,8 @@ def build_pool(
     :param queries: query views per template view.
     :param workers: processes that render side by side.
     :param progress: called as ``progress(done, objects)`` after every object (with one worker).
-    :raises ConfigError: impossible numbers, training and validation seeds in one pool, or a folder that already holds
-        a pool made with other numbers.
+    :raises ConfigError: impossible numbers, training and validation seeds in one pool, or a folder that
+        already holds a pool made with other numbers.
     :raises PicoPoseError: the disk is too small, or the folder's files do not fit together.
     """
     if min(objects, clusters, queries, workers) < 1 or clusters > _VIEWPOINTS or first_seed < 0:
@@ -325,15 +339,17 @@ def build_pool(
         )
     if first_seed < VALIDATION_SEED < first_seed + objects:
         raise ConfigError(
-            f"seeds {first_seed} to {first_seed + objects - 1} mix training and validation objects: stay on one side"
-            f" of {VALIDATION_SEED}"
+            f"seeds {first_seed} to {first_seed + objects - 1} mix training and validation objects: stay on"
+            f" one side of {VALIDATION_SEED}"
         )
     folder, plan = Path(out_dir), _Plan(objects, first_seed, clusters, queries)
     present = _read_plan(folder)
     if present is None:
         _create(folder, plan)
     elif present != plan:
-        raise ConfigError(f"{folder} already holds another pool ({present}, wanted {plan}): use another folder")
+        raise ConfigError(
+            f"{folder} already holds another pool ({present}, wanted {plan}): use another folder"
+        )
     (folder / "families").mkdir(exist_ok=True)
     if workers == 1:
         _work(folder, plan, 0, 1, progress)
@@ -346,14 +362,16 @@ def build_pool(
         process.join()
     failed = [process.exitcode for process in processes if process.exitcode]
     if failed:
-        raise PicoPoseError(f"{len(failed)} of {workers} pool workers ended with exit codes {failed}: run it again to go on")
+        raise PicoPoseError(
+            f"{len(failed)} of {workers} pool workers ended with exit codes {failed}: run it again to go on"
+        )
 
 
 class PoolReader:
     """Clusters of a pool by index; only objects that are complete are seen, and the pool may still grow.
 
-    ``len(reader)`` is the number of complete clusters as of the last :meth:`refresh`; with pools written by one worker
-    an index keeps its meaning while the pool grows.
+    ``len(reader)`` is the number of complete clusters as of the last :meth:`refresh`; with pools written by
+    one worker an index keeps its meaning while the pool grows.
 
     :param folder: a folder written by :func:`build_pool`.
     :raises PicoPoseError: there is no pool, or its files do not fit together.
@@ -365,7 +383,9 @@ class PoolReader:
         if plan is None:
             raise PicoPoseError(f"{self.folder} holds no pool (no pool.json): build one with build_pool")
         if plan.format != _FORMAT:
-            raise PicoPoseError(f"{self.folder} has pool format {plan.format}, this version reads {_FORMAT}: build it again")
+            raise PicoPoseError(
+                f"{self.folder} has pool format {plan.format}, this version reads {_FORMAT}: build it again"
+            )
         self._plan = plan
         self._arrays = _open(self.folder, plan, "r")
         self._names: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
@@ -401,7 +421,16 @@ class PoolReader:
         shapes, textures = self._object_names(object_index)
         queries = tuple(self._query(row, column, diagonal) for column in range(self.queries))
         seed = self._plan.first_seed + object_index
-        return PoolItem(self.template(object_index, cluster), queries, object_index, cluster, seed, diagonal, shapes, textures)
+        return PoolItem(
+            self.template(object_index, cluster),
+            queries,
+            object_index,
+            cluster,
+            seed,
+            diagonal,
+            shapes,
+            textures,
+        )
 
     def template(self, object_index: int, cluster: int) -> TemplateView:
         """Only the template of a cluster: for wrong and far templates, without reading the queries."""

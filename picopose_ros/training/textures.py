@@ -1,7 +1,8 @@
 """Procedural textures from unlike families, and the box projection that lays them on a mesh.
 
-Every painter takes a seeded generator and returns an RGB image ``(size, size, 3) uint8``. Most families break the
-symmetry of the shape that they cover; ``plain_marks`` hardly does, so that a minority of objects stays ambiguous.
+Every painter takes a seeded generator and returns an RGB image ``(size, size, 3) uint8``. Most families
+break the symmetry of the shape that they cover; ``plain_marks`` hardly does, so that a minority of objects
+stays ambiguous.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FONTS = (
 
 
 def palette(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draw ``count`` colours as ``(count, 3)`` float32 RGB in 0..255: vivid, muted, pastel, dark or nearly grey sets."""
+    """Draw ``count`` colours, ``(count, 3)`` float32 RGB in 0..255: vivid, muted, pale, dark or grey sets."""
     low_s, high_s, low_v, high_v = (
         (0.6, 1.0, 0.5, 1.0),
         (0.15, 0.5, 0.35, 0.8),
@@ -36,14 +37,18 @@ def palette(rng: np.random.Generator, count: int) -> np.ndarray:
         (0.0, 1.0, 0.2, 1.0),
     )[rng.integers(6)]
     hue = (rng.uniform() + rng.uniform(0.03, 0.6) * rng.standard_normal(count)) % 1.0
-    hsv = np.stack([hue * 360.0, rng.uniform(low_s, high_s, count), rng.uniform(low_v, high_v, count)], axis=-1)
+    hsv = np.stack(
+        [hue * 360.0, rng.uniform(low_s, high_s, count), rng.uniform(low_v, high_v, count)], axis=-1
+    )
     colours = cv2.cvtColor(hsv[None].astype(np.float32), cv2.COLOR_HSV2RGB)[0] * 255.0
     if rng.uniform() < 0.5:
         colours[rng.integers(count)] = rng.choice([245.0, 25.0])
     return colours
 
 
-def value_noise(rng: np.random.Generator, size: int, cells: int, octaves: int, gain: float = 0.5) -> np.ndarray:
+def value_noise(
+    rng: np.random.Generator, size: int, cells: int, octaves: int, gain: float = 0.5
+) -> np.ndarray:
     """Tileable multi-octave value noise, ``(size, size)`` float32 scaled to 0..1."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
@@ -167,10 +172,16 @@ def decals(rng: np.random.Generator, size: int) -> np.ndarray:
         else:
             corners = int(rng.integers(3, 8))
             angle = np.arange(corners) * 2 * np.pi / corners + rng.uniform(0, 6)
-            radius = size * rng.uniform(0.04, 0.14) * np.where(np.arange(corners) % 2, rng.uniform(0.4, 1.0), 1.0)
-            badge = np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=-1).astype(np.int32)
+            radius = (
+                size * rng.uniform(0.04, 0.14) * np.where(np.arange(corners) % 2, rng.uniform(0.4, 1.0), 1.0)
+            )
+            badge = np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=-1).astype(
+                np.int32
+            )
             cv2.fillPoly(image, [badge], ink, cv2.LINE_AA)
-            cv2.circle(image, (x, y), max(2, int(radius.min() * 0.5)), _colour(palette(rng, 1)[0]), -1, cv2.LINE_AA)
+            cv2.circle(
+                image, (x, y), max(2, int(radius.min() * 0.5)), _colour(palette(rng, 1)[0]), -1, cv2.LINE_AA
+            )
     return image
 
 
@@ -217,7 +228,9 @@ def gradient(rng: np.random.Generator, size: int) -> np.ndarray:
     """Colour ramps, straight or round, with a few soft spots."""
     u, v = _rotated(rng, size)
     field = u if rng.uniform() < 0.5 else np.hypot(u - rng.uniform(0, 1), v - rng.uniform(0, 1))
-    image = _ramp((field - field.min()) / np.ptp(field), palette(rng, int(rng.integers(2, 5)))).astype(np.float32)
+    image = _ramp((field - field.min()) / np.ptp(field), palette(rng, int(rng.integers(2, 5)))).astype(
+        np.float32
+    )
     x, y = _grid(size)
     for colour in palette(rng, int(rng.integers(2, 7))):
         cx, cy, radius = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.04, 0.2)
@@ -246,7 +259,9 @@ def marble(rng: np.random.Generator, size: int) -> np.ndarray:
     """Veins: a sine whose phase is bent by noise (held out of training)."""
     u, _ = _rotated(rng, size)
     bend = value_noise(rng, size, 3, 5)
-    field = 0.5 + 0.5 * np.sin(2 * np.pi * (rng.uniform(1, 4) * u + rng.uniform(1.5, 4) * bend) + rng.uniform(0, 6))
+    field = 0.5 + 0.5 * np.sin(
+        2 * np.pi * (rng.uniform(1, 4) * u + rng.uniform(1.5, 4) * bend) + rng.uniform(0, 6)
+    )
     return _ramp(field ** rng.uniform(0.4, 2.5), palette(rng, int(rng.integers(2, 5))))
 
 
@@ -286,8 +301,8 @@ HELD_OUT_TEXTURES: dict[str, tuple[Painter, float]] = {"marble": (marble, 0.5), 
 def paint(rng: np.random.Generator, size: int = 512, held_out: bool = False) -> tuple[str, np.ndarray]:
     """Draw a family and paint one texture.
 
-    Returns the family's name and the image ``(size, size, 3) uint8`` RGB. With ``held_out`` only the families that
-    training never sees are drawn.
+    Returns the family's name and the image ``(size, size, 3) uint8`` RGB. With ``held_out`` only the
+    families that training never sees are drawn.
     """
     families = HELD_OUT_TEXTURES if held_out else TRAINING_TEXTURES
     names = list(families)
@@ -311,13 +326,14 @@ def project_box(
 ) -> trimesh.Trimesh:
     """Lay a texture on a mesh from the six sides of its box.
 
-    A face takes the side its normal points to most; vertices are split between sides. Every side reads the image at
-    an offset of its own, so that opposite sides differ.
+    A face takes the side its normal points to most; vertices are split between sides. Every side reads the
+    image at an offset of its own, so that opposite sides differ.
 
     :param mesh: shape in metres.
     :param image: ``(S, S, 3) uint8`` RGB, repeated beyond its border.
     :param scale: metres of the object that one image width covers.
-    :param smooth: keep the vertex normals of the unsplit shape (curved parts) instead of hard edges between sides.
+    :param smooth: keep the vertex normals of the unsplit shape (curved parts) instead of hard edges between
+        sides.
     """
     normals = mesh.face_normals
     axis = np.abs(normals).argmax(axis=1)
@@ -341,7 +357,8 @@ def project_box(
 def project_cylinder(
     mesh: trimesh.Trimesh, image: np.ndarray, rng: np.random.Generator, scale: float, smooth: bool
 ) -> trimesh.Trimesh:
-    """Wrap a texture once around the z axis, as a label around a bottle; caps are projected from above and below.
+    """Wrap a texture once around the z axis, as a label around a bottle; caps are projected from above and
+    below.
 
     Parameters are those of :func:`project_box`; ``scale`` applies along the axis and to the caps.
     """
@@ -354,7 +371,9 @@ def project_cylinder(
     theta = theta_face[:, None] + (theta - theta_face[:, None] + np.pi) % (2 * np.pi) - np.pi
     theta = np.where(np.hypot(points[..., 0], points[..., 1]) < 1e-9, theta_face[:, None], theta)
     offset = rng.uniform(0, 1, (3, 2))
-    turns = max(1.0, np.round(2 * np.pi * mesh.extents[:2].max() / 2 / scale))  # whole turns: no seam in the print
+    turns = max(
+        1.0, np.round(2 * np.pi * mesh.extents[:2].max() / 2 / scale)
+    )  # whole turns: no seam in the print
     wrapped = np.stack([theta / (2 * np.pi) * turns, points[..., 2] / scale], axis=-1) + offset[0]
     flat = points[..., :2] / scale + np.where(mesh.face_normals[:, 2] > 0, 1, 2)[:, None, None] * offset[1]
     uv = np.where(cap[:, None, None], flat, wrapped).reshape(-1, 2)
