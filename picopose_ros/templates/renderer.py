@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trimesh
@@ -15,6 +15,8 @@ from picopose_ros.errors import RenderError
 from picopose_ros.templates import opengl
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from picopose_ros.templates.meshes import ObjectMesh
 
 NEUTRAL_GREY: tuple[int, int, int] = (153, 153, 153)
@@ -273,13 +275,14 @@ def _material_albedo(material: Any) -> tuple[np.ndarray | None, np.ndarray]:
         image, colour = material.baseColorTexture, material.baseColorFactor
     else:
         image, colour = getattr(material, "image", None), getattr(material, "diffuse", None)
-        if image is not None:
-            colour = None  # an OBJ's diffuse colour beside a texture is the exporter's default, not a tint
     if image is not None:
         image = np.array(image.convert("RGBA"))
         image[..., 3] = 255
     if colour is None:
         return image, np.ones(3) if image is not None else np.array(NEUTRAL_GREY) / 255.0
     colour = np.asarray(colour)
-    scale = 255.0 if colour.dtype.kind in "ui" else 1.0
-    return image, np.clip(colour[:3] / scale, 0.0, 1.0)
+    colour = np.clip(colour[:3] / (255.0 if colour.dtype.kind in "ui" else 1.0), 0.0, 1.0)
+    if image is not None:
+        # Beside a texture only the tint counts: exporters write their default grey there, or black.
+        colour = colour / colour.max() if colour.max() > 0 else np.ones(3)
+    return image, colour
