@@ -32,7 +32,7 @@ def reports() -> Reports:
 
 
 def stream(pairing: StampPairing, count: int, start: float = 0.0) -> None:
-    """``count`` images with camera_info at 30 Hz; image i has stamp i * FRAME and arrives at start + i / 30."""
+    """``count`` images with camera_info at 30 Hz; image i: stamp i * FRAME, arrives at start + i / 30."""
     for i in range(count):
         pairing.add_image(i * FRAME, f"image {i}", start + i / 30)
         pairing.add_camera_info(i * FRAME, f"info {i}", start + i / 30)

@@ -1,9 +1,9 @@
 """The ROS 2 node: the only place that imports rclpy.
 
-``node.py`` wires rclpy to the rest; ``parameters.py`` declares what can be set; ``pairing.py`` finds the image of a
-segmentation; ``worker.py`` keeps inference off the executor; ``images.py`` and ``conversions.py`` are pure functions
-between messages and NumPy; ``instances.py`` names what was found; ``drops.py`` and ``diagnostics.py`` say why nothing
-was.
+``node.py`` wires rclpy to the rest; ``parameters.py`` declares what can be set; ``pairing.py`` finds the
+image of a segmentation; ``worker.py`` keeps inference off the executor; ``images.py`` and ``conversions.py``
+are pure functions between messages and NumPy; ``instances.py`` names what was found; ``drops.py`` and
+``diagnostics.py`` say why nothing was.
 """
 
 from __future__ import annotations

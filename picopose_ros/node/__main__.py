@@ -49,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
     from picopose_ros.node.node import PicoPoseNode
 
     rclpy.init(
-        args=None if args is None else ["picopose_node", *args], signal_handler_options=SignalHandlerOptions.NO
+        args=None if args is None else ["picopose_node", *args],
+        signal_handler_options=SignalHandlerOptions.NO,
     )
     try:
         node = PicoPoseNode()

@@ -74,7 +74,8 @@ def segments_from_message(
     """
     if (message.height, message.width) != (height, width):
         raise SegmentError(
-            f"segmentation on {topic} is of an image of {message.width}x{message.height} pixels, but the image with "
+            f"segmentation on {topic} is of an image of {message.width}x{message.height} pixels, but the "
+            "image with "
             f"its stamp has {width}x{height}: scale the masks to the image before publishing them"
         )
     good: list[Segment] = []
@@ -114,11 +115,14 @@ def _mask_from_message(segment: Any, height: int, width: int) -> np.ndarray:
         packed = np.asarray(segment.bitmap, dtype=np.uint8)
         if packed.size != (rows * cols + 7) // 8:
             raise SegmentError(
-                f"its bitmap has {packed.size} bytes, but its roi of {cols}x{rows} pixels takes {(rows * cols + 7) // 8}"
+                f"its bitmap has {packed.size} bytes, but its roi of {cols}x{rows} pixels takes "
+                f"{(rows * cols + 7) // 8}"
             )
         inside = np.unpackbits(packed, count=rows * cols).astype(bool).reshape(rows, cols)
     else:
-        raise SegmentError(f"its encoding is {segment.encoding}: use ENCODING_RLE or ENCODING_BITMAP of Segment.msg")
+        raise SegmentError(
+            f"its encoding is {segment.encoding}: use ENCODING_RLE or ENCODING_BITMAP of Segment.msg"
+        )
     mask[top : top + rows, left : left + cols] = inside
     return mask
 
@@ -139,7 +143,8 @@ def segments_to_message(segments: Sequence[Segment], header: Header, height: int
     for segment in segments:
         if segment.mask.shape != (height, width):
             raise SegmentError(
-                f"the mask of '{segment.class_id}' has shape {segment.mask.shape}, but the image has {(height, width)}"
+                f"the mask of '{segment.class_id}' has shape {segment.mask.shape}, but the image has "
+                f"{(height, width)}"
             )
         entry = SegmentMessage(class_id=segment.class_id, score=float(segment.score))
         box = mask_roi(segment.mask)
@@ -162,7 +167,9 @@ def rotation_to_quaternion(R: np.ndarray) -> tuple[float, float, float, float]:
     """(x, y, z, w) of a rotation matrix (3, 3), unit length, w >= 0."""
     R = np.asarray(R, dtype=np.float64)
     # Four ways to write the same quaternion; the one with the largest leading term loses no digits.
-    squares = np.array([R[0, 0] - R[1, 1] - R[2, 2], R[1, 1] - R[0, 0] - R[2, 2], R[2, 2] - R[0, 0] - R[1, 1], R.trace()])
+    squares = np.array(
+        [R[0, 0] - R[1, 1] - R[2, 2], R[1, 1] - R[0, 0] - R[2, 2], R[2, 2] - R[0, 0] - R[1, 1], R.trace()]
+    )
     rows = {
         0: (1 + squares[0], R[0, 1] + R[1, 0], R[0, 2] + R[2, 0], R[2, 1] - R[1, 2]),
         1: (R[0, 1] + R[1, 0], 1 + squares[1], R[1, 2] + R[2, 1], R[0, 2] - R[2, 0]),
@@ -188,8 +195,8 @@ def pose_to_message(T: np.ndarray) -> Pose:
 def detection_from_pose(pose: ObjectPose, instance: str, header: Header) -> Detection3D:
     """One estimated pose as ``vision_msgs/Detection3D``.
 
-    ``results[0].pose`` is the mesh's own origin, ``bbox.center`` the middle of its bounding box (object axes), both in
-    the frame of ``header``.
+    ``results[0].pose`` is the mesh's own origin, ``bbox.center`` the middle of its bounding box (object
+    axes), both in the frame of ``header``.
     """
     detection = Detection3D(header=header, id=instance)
     hypothesis = ObjectHypothesisWithPose()
@@ -206,9 +213,13 @@ def detection_from_pose(pose: ObjectPose, instance: str, header: Header) -> Dete
     return detection
 
 
-def detections_message(poses: Sequence[ObjectPose], instances: Sequence[str], header: Header) -> Detection3DArray:
+def detections_message(
+    poses: Sequence[ObjectPose], instances: Sequence[str], header: Header
+) -> Detection3DArray:
     """All poses of one image, under the image's header."""
-    detections = [detection_from_pose(pose, name, header) for pose, name in zip(poses, instances, strict=True)]
+    detections = [
+        detection_from_pose(pose, name, header) for pose, name in zip(poses, instances, strict=True)
+    ]
     return Detection3DArray(header=header, detections=detections)
 
 

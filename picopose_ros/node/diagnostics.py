@@ -1,4 +1,4 @@
-"""What the node knows about itself, as ``diagnostic_msgs/DiagnosticArray``. Pure functions and one small recorder."""
+"""What the node knows about itself, as ``diagnostic_msgs/DiagnosticArray``."""
 
 from __future__ import annotations
 
@@ -75,9 +75,11 @@ def diagnostics_message(status: NodeStatus, stamp: Time) -> DiagnosticArray:
 
     level, message = DiagnosticStatus.OK, status.state
     if status.new_drops:
-        newest = min(status.drops.items(), key=lambda item: item[1].age)
+        reason, newest = min(status.drops.items(), key=lambda item: item[1].age)
         level = DiagnosticStatus.WARN
-        message = f"{status.new_drops} dropped in the last second; the last one ({newest[0].value}): {newest[1].last_message}"
+        message = (
+            f"{status.new_drops} dropped in the last second, last [{reason.value}] {newest.last_message}"
+        )
     return DiagnosticArray(
         header=Header(stamp=stamp),
         status=[
@@ -90,4 +92,3 @@ def diagnostics_message(status: NodeStatus, stamp: Time) -> DiagnosticArray:
             )
         ],
     )
-

@@ -51,7 +51,7 @@ class _Entry:
 
 
 class DropLog:
-    """Counts drops by reason; logs the first of a reason at once, later ones at most every ``interval`` seconds.
+    """Counts drops by reason; logs the first at once, later ones at most every ``interval`` seconds.
 
     Thread-safe: the executor and the worker both record.
     """

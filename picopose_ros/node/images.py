@@ -37,7 +37,8 @@ NATIVE_ENCODINGS = (*_CHANNELS, "mono16")
 def image_to_rgb(message: Any, topic: str) -> np.ndarray:
     """Pixels of an Image message as RGB.
 
-    Every encoding but the Bayer ones gives a view of the message's data, possibly with strides; nothing is copied.
+    Every encoding but the Bayer ones gives a view of the message's data, possibly with strides; nothing is
+    copied.
 
     Args:
         message: a ``sensor_msgs/Image``.
@@ -78,7 +79,8 @@ def _rows(message: Any, topic: str, bytes_per_pixel: int) -> np.ndarray:
     row = width * bytes_per_pixel
     if step < row:
         raise ImageError(
-            f"image on {topic} has step {step}, but a row of {width} {message.encoding} pixels takes {row} bytes: "
+            f"image on {topic} has step {step}, but a row of {width} {message.encoding} pixels takes {row} "
+            "bytes: "
             "check the camera driver"
         )
     data = np.frombuffer(message.data, dtype=np.uint8)
@@ -95,12 +97,14 @@ def _through_cv_bridge(message: Any, topic: str) -> np.ndarray:
         bridge = importlib.import_module("cv_bridge").CvBridge()
     except Exception as error:  # a cv_bridge that is built for another NumPy or OpenCV fails in many ways
         raise ImageError(
-            f"image on {topic} has encoding '{message.encoding}': not one of {', '.join(NATIVE_ENCODINGS)}, and "
+            f"image on {topic} has encoding '{message.encoding}': not one of {', '.join(NATIVE_ENCODINGS)}, "
+            "and "
             f"cv_bridge can't be used here ({error}); install cv_bridge or change the camera's encoding"
         ) from error
     try:
         return np.asarray(bridge.imgmsg_to_cv2(message, desired_encoding="rgb8"))
     except Exception as error:  # CvBridgeError, KeyError of an unknown OpenCV type, cv2.error
         raise ImageError(
-            f"image on {topic} has encoding '{message.encoding}', which cv_bridge can't turn into rgb8: {error}"
+            f"image on {topic} has encoding '{message.encoding}', which cv_bridge can't turn into rgb8: "
+            f"{error}"
         ) from error

@@ -10,20 +10,22 @@ import numpy as np
 class InstanceNamer:
     """Gives each pose of a frame a name, the one of the nearest pose of the same class in the frame before.
 
-    Deterministic: pairs are made from the smallest distance up (ties by name, then by order of input); what is left
-    over takes the smallest free number in order of input.
+    Deterministic: pairs are made from the smallest distance up (ties by name, then by order of input); what
+    is left over takes the smallest free number in order of input.
     """
 
     def __init__(self) -> None:
         self._previous: dict[str, dict[int, np.ndarray]] = {}
 
     def assign(self, class_ids: Sequence[str], positions: Sequence[np.ndarray]) -> list[str]:
-        """Names for poses of ``class_ids`` at ``positions`` ((3,) each, camera frame, metres), in input order."""
+        """Names for poses of ``class_ids`` at ``positions`` ((3,) each, camera frame, m), in input order."""
         names = [""] * len(class_ids)
         for class_id in dict.fromkeys(class_ids):
             indices = [i for i, other in enumerate(class_ids) if other == class_id]
             numbers = self._numbers(self._previous.get(class_id, {}), [positions[i] for i in indices])
-            self._previous[class_id] = {n: np.asarray(positions[i]) for n, i in zip(numbers, indices, strict=True)}
+            self._previous[class_id] = {
+                n: np.asarray(positions[i]) for n, i in zip(numbers, indices, strict=True)
+            }
             for number, index in zip(numbers, indices, strict=True):
                 names[index] = f"{class_id}_{number}"
         return names

@@ -58,8 +58,9 @@ class LoadingInterrupted(Exception):
 class PicoPoseNode(Node):
     """Subscribes image, camera_info and segmentation; publishes detections, TF and diagnostics.
 
-    Loading (weights, banks, warm-up) and inference happen on a worker thread, so the executor always answers. The
-    input subscriptions are made once loading is done: whoever sees them on the graph knows that the node is ready.
+    Loading (weights, banks, warm-up) and inference happen on a worker thread, so the executor always answers.
+    The input subscriptions are made once loading is done: whoever sees them on the graph knows that the node
+    is ready.
 
     Attributes:
         failure: what ended the loading, or None.
@@ -151,19 +152,25 @@ class PicoPoseNode(Node):
             ("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability),
             ("segmentation", SegmentArray, self._on_segmentation, SEGMENTATION_DEPTH, "auto"),
         ):
-            subscription = InputSubscription(self, message_type, name, self._guard(callback), depth, reliability)
+            subscription = InputSubscription(
+                self, message_type, name, self._guard(callback), depth, reliability
+            )
             self._inputs.append(subscription)
             self._topics[name] = subscription.topic
         self._state = "ready"
         objects = sorted(self._estimator.banks)
         self.get_logger().info(
-            f"picopose_node ready: {len(objects)} object{'s' if len(objects) != 1 else ''} ({', '.join(objects)}), "
+            f"picopose_node ready: {len(objects)} object{'s' if len(objects) != 1 else ''} "
+            f"({', '.join(objects)}), "
             f"{p.preset} on {self._device}, {p.viewpoints} viewpoints, {p.hypotheses} hypotheses, "
-            f"loaded in {time.monotonic() - self._started:.1f} s; listening to {', '.join(self._topics.values())}"
+            f"loaded in {time.monotonic() - self._started:.1f} s; listening to "
+            f"{', '.join(self._topics.values())}"
         )
 
     def _on_image(self, message: Image) -> None:
-        self._submit(self._pairing.add_image(stamp_to_nanoseconds(message.header.stamp), message, time.monotonic()))
+        self._submit(
+            self._pairing.add_image(stamp_to_nanoseconds(message.header.stamp), message, time.monotonic())
+        )
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         stamp = stamp_to_nanoseconds(message.header.stamp)
@@ -179,7 +186,8 @@ class PicoPoseNode(Node):
             if replaced is not None:
                 self._drops.record(
                     DropReason.BUSY,
-                    f"segmentation {format_stamp(replaced.stamp)} was overtaken by a newer one before the estimator was "
+                    f"segmentation {format_stamp(replaced.stamp)} was overtaken by a newer one before the "
+                    "estimator was "
                     "free: segmentations come faster than poses can be computed",
                 )
 
@@ -259,8 +267,10 @@ class PicoPoseNode(Node):
         if (camera.height, camera.width) != rgb.shape[:2]:
             self._drops.record(
                 DropReason.BAD_CAMERA_INFO,
-                f"camera_info on {self._topics['camera_info']} is of an image of {camera.width}x{camera.height} pixels, "
-                f"but the image has {rgb.shape[1]}x{rgb.shape[0]}: use the camera_info that belongs to the image topic",
+                f"camera_info on {self._topics['camera_info']} is of an image of "
+                f"{camera.width}x{camera.height} pixels, "
+                f"but the image has {rgb.shape[1]}x{rgb.shape[0]}: use the camera_info that belongs to the "
+                "image topic",
             )
             return
         before = time.monotonic()
@@ -288,21 +298,26 @@ class PicoPoseNode(Node):
         result = self._estimator.estimate(rgb, camera, segments)
         self._latencies.record(result.timings)
         for index, reason in result.skipped:
-            self._drops.record(DropReason.NO_POSE, f"segment '{segments[index].class_id}' gave no pose: {reason}")
+            self._drops.record(
+                DropReason.NO_POSE, f"segment '{segments[index].class_id}' gave no pose: {reason}"
+            )
         min_score = self.get_parameter("min_score").value
         poses = []
         for pose in result.poses:
             if pose.confidence < min_score:
                 self._drops.record(
                     DropReason.LOW_SCORE,
-                    f"a pose of '{pose.class_id}' has score {pose.confidence:.2f}, below min_score {min_score:g}",
+                    f"a pose of '{pose.class_id}' has score {pose.confidence:.2f}, below min_score "
+                    f"{min_score:g}",
                 )
             else:
                 poses.append(pose)
         return poses
 
     def _publish(self, poses: list[ObjectPose], header: Header) -> None:
-        names = self._namer.assign([pose.class_id for pose in poses], [pose.T_cam_obj[:3, 3] for pose in poses])
+        names = self._namer.assign(
+            [pose.class_id for pose in poses], [pose.T_cam_obj[:3, 3] for pose in poses]
+        )
         self._detections.publish(detections_message(poses, names, header))
         self._frames_answered += 1
         self._poses_published += len(poses)
@@ -311,7 +326,8 @@ class PicoPoseNode(Node):
         if not header.frame_id or header.frame_id.startswith("/"):
             self._drops.record(
                 DropReason.BAD_FRAME_ID,
-                f"images on {self._topics['image']} have frame_id '{header.frame_id}', which can't be a TF parent: "
+                f"images on {self._topics['image']} have frame_id '{header.frame_id}', which can't be a TF "
+                "parent: "
                 "set it in the camera driver, without a leading slash",
             )
             return
@@ -339,6 +355,7 @@ def _resolve_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"parameter device is '{name}', which can't be used here ({reason}): try cpu") from error
+        raise ConfigError(
+            f"parameter device is '{name}', which can't be used here ({reason}): try cpu"
+        ) from error
     return name
-

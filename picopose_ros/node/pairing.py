@@ -1,7 +1,8 @@
 """Which image a segmentation belongs to: the one with exactly its stamp, found in a buffer of recent images.
 
-No ROS in here. Messages are opaque payloads, stamps are integer nanoseconds, ``now`` is a monotonic clock in seconds.
-Everything is aged by its *receipt*, not by its stamp, so that a bag that loops or plays slowly changes nothing.
+No ROS in here. Messages are opaque payloads, stamps are integer nanoseconds, ``now`` is a monotonic clock in
+seconds. Everything is aged by its *receipt*, not by its stamp, so that a bag that loops or plays slowly
+changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _REMEMBERED_STAMPS = 8192
 
 @dataclass(frozen=True)
 class Pair:
-    """A segmentation with its image and camera_info; ``received`` is when the segmentation came (monotonic s)."""
+    """A segmentation with its image and camera_info; ``received``: when the segmentation came (monotonic s)."""
 
     stamp: int
     image: Any
@@ -49,8 +50,8 @@ class PairingCounts:
 class StampPairing:
     """Ring buffer of images by exact stamp, and the segmentations that wait for theirs.
 
-    ``camera_info`` is the one with the image's stamp where there is one, else the newest: drivers that publish it
-    seldom, or once and latched, are common.
+    ``camera_info`` is the one with the image's stamp where there is one, else the newest: drivers that
+    publish it seldom, or once and latched, are common.
 
     Args:
         duration: seconds that an image stays in the buffer; longer than the segmenter takes.
@@ -107,7 +108,8 @@ class StampPairing:
             self._report(
                 DropReason.IMAGE_LEFT_BUFFER,
                 f"the image of segmentation {format_stamp(stamp)} has left the buffer ({self._duration:g} s, "
-                f"{self._capacity} images): the segmenter is slower than that; raise buffer_seconds or buffer_images",
+                f"{self._capacity} images): the segmenter is slower than that; raise buffer_seconds or "
+                "buffer_images",
             )
             return []
         if len(self._waiting) >= MAX_PENDING:
@@ -139,14 +141,16 @@ class StampPairing:
 
     def _age(self, now: float) -> None:
         while self._images and (
-            len(self._images) > self._capacity or now - next(iter(self._images.values())).received > self._duration
+            len(self._images) > self._capacity
+            or now - next(iter(self._images.values())).received > self._duration
         ):
             stamp, _ = self._images.popitem(last=False)
             self._gone[stamp] = None
             if len(self._gone) > _REMEMBERED_STAMPS:
                 self._gone.popitem(last=False)
         while self._infos and (
-            len(self._infos) > self._capacity or now - next(iter(self._infos.values())).received > self._duration
+            len(self._infos) > self._capacity
+            or now - next(iter(self._infos.values())).received > self._duration
         ):
             self._infos.popitem(last=False)
 
@@ -161,12 +165,15 @@ class StampPairing:
         if self._images:
             nearest = min(self._images, key=lambda other: abs(other - stamp))
             hint = (
-                f"the nearest of {len(self._images)} buffered images is {abs(nearest - stamp) / 1e6:.3f} ms away; "
+                f"the nearest of {len(self._images)} buffered images is {abs(nearest - stamp) / 1e6:.3f} ms "
+                "away; "
                 "the segmenter must copy the image's header.stamp"
             )
         else:
             hint = "no image at all is in the buffer; check the image topic's name and its QoS"
-        self._report(DropReason.NO_IMAGE, f"no image has the stamp of segmentation {format_stamp(stamp)}: {hint}")
+        self._report(
+            DropReason.NO_IMAGE, f"no image has the stamp of segmentation {format_stamp(stamp)}: {hint}"
+        )
 
 
 def format_stamp(stamp: int) -> str:

@@ -46,7 +46,9 @@ class ParameterSpec:
 
 
 PARAMETERS: tuple[ParameterSpec, ...] = (
-    ParameterSpec("mesh_dir", "", "Folder with one mesh file, or one folder holding it, per object. Required."),
+    ParameterSpec(
+        "mesh_dir", "", "Folder with one mesh file, or one folder holding it, per object. Required."
+    ),
     ParameterSpec(
         "unit",
         "m",
@@ -55,7 +57,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ),
     ParameterSpec("preset", "tiny", "Size of the network.", choices=("tiny", "vitl")),
     ParameterSpec("weights", "", "Checkpoint of the network; empty takes the one shipped with the preset."),
-    ParameterSpec("device", "auto", "Where the network runs: cpu, cuda, cuda:1, or auto (cuda where there is one)."),
+    ParameterSpec(
+        "device", "auto", "Where the network runs: cpu, cuda, cuda:1, or auto (cuda where there is one)."
+    ),
     ParameterSpec(
         "viewpoints",
         162,
@@ -78,7 +82,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         dynamic=True,
     ),
     ParameterSpec("publish_tf", True, "Whether every pose is also broadcast on /tf.", dynamic=True),
-    ParameterSpec("tf_prefix", "", "Put before the instance's name to make its TF frame, e.g. 'left_camera/'."),
+    ParameterSpec(
+        "tf_prefix", "", "Put before the instance's name to make its TF frame, e.g. 'left_camera/'."
+    ),
     ParameterSpec("cache_dir", "", "Where onboarded objects are kept; empty takes the user's cache folder."),
     ParameterSpec(
         "buffer_seconds",
@@ -97,7 +103,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "image_reliability",
         "auto",
-        "QoS of image and camera_info: reliable, best_effort, or auto (reliable, until a publisher turns up that "
+        "QoS of image and camera_info: reliable, best_effort, or auto (reliable, until a publisher turns up "
+        "that "
         "offers only best effort).",
         choices=("auto", "reliable", "best_effort"),
     ),

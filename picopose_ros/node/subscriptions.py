@@ -14,9 +14,9 @@ from rclpy.subscription import Subscription
 class InputSubscription:
     """A subscription with reliability ``reliable``, ``best_effort`` or ``auto``.
 
-    Large best-effort messages are mostly lost on the default transports, so reliable is the better choice, but it
-    hears nothing from a publisher that offers best effort only, as many camera drivers do. ``auto`` starts reliable
-    and turns to best effort when such a publisher is discovered.
+    Large best-effort messages are mostly lost on the default transports, so reliable is the better choice,
+    but it hears nothing from a publisher that offers best effort only, as many camera drivers do. ``auto``
+    starts reliable and turns to best effort when such a publisher is discovered.
 
     Args:
         node: owner.
@@ -53,7 +53,7 @@ class InputSubscription:
         return self._subscription.topic_name
 
     def adapt(self) -> None:
-        """Turn to best effort if a publisher needs it; called now and then, outside the subscription's own callbacks."""
+        """Turn to best effort if a publisher needs it; not to be called from the subscription's callbacks."""
         if not self._mismatch:
             return
         self._mismatch = False
@@ -75,8 +75,10 @@ class InputSubscription:
             reliability=reliability,
             durability=DurabilityPolicy.VOLATILE,
         )
-        # Without a callback of ours rclpy logs the mismatch by itself, which is right where there is no way out.
-        events = SubscriptionEventCallbacks(incompatible_qos=self._on_incompatible if self._automatic else None)
+        # Without a callback of ours rclpy logs the mismatch by itself, which is right where there is no way
+        # out. events = SubscriptionEventCallbacks(
+            incompatible_qos=self._on_incompatible if self._automatic else None
+        )
         return self._node.create_subscription(
             self._message_type, self._topic, self._callback, qos, event_callbacks=events
         )

@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 class NewestWorker(Generic[Item]):
     """A thread with a mailbox of one: ``setup`` first, then ``handle`` for the newest item each time.
 
-    Set-up runs on the same thread as the work because offscreen renderers and some device contexts belong to the
-    thread that made them.
+    Set-up runs on the same thread as the work because offscreen renderers and some device contexts belong to
+    the thread that made them.
 
     Args:
         setup: run once; what it raises ends the thread and is kept in :attr:`failure`.
@@ -61,7 +61,7 @@ class NewestWorker(Generic[Item]):
         return replaced
 
     def close(self, timeout: float) -> bool:
-        """Drop what waits and end after the item in hand; False when that takes longer than ``timeout`` seconds."""
+        """Drop what waits and end after the item in hand; False if that takes over ``timeout`` seconds."""
         with self._condition:
             self._closing.set()
             self._item = None

@@ -1,0 +1,350 @@
+"""What the node's tests share: a world to look at, the node as a process, a client that talks to it."""
+
+from __future__ import annotations
+
+import array
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rclpy
+import trimesh
+from diagnostic_msgs.msg import DiagnosticArray
+from picopose_ros.msg import SegmentArray
+from rcl_interfaces.srv import SetParameters
+from rclpy.context import Context
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header
+from tf2_msgs.msg import TFMessage
+from vision_msgs.msg import Detection3DArray
+
+from picopose_ros.node.conversions import segments_to_message, stamp_to_nanoseconds
+from picopose_ros.segmentation import Segment
+from picopose_ros.templates.meshes import discover_objects, load_object
+from picopose_ros.templates.renderer import MeshRenderer
+
+HEIGHT, WIDTH = 240, 320
+K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
+CAMERA_FRAME = "camera_optical"
+DEADLINE = 120.0
+"""Seconds a condition may take on a loaded machine; never slept through."""
+
+# Every test process its own part of the domains that are safe on Linux, every node test its own domain in it.
+_domains = itertools.count()
+
+
+def next_domain() -> int:
+    """A ROS_DOMAIN_ID that no other test of this run uses."""
+    return 1 + (os.getpid() * 13 + next(_domains)) % 100
+
+
+# The world.
+
+
+def write_meshes(folder: Path) -> Path:
+    """Two objects of about 10 cm, told apart by shape and colour: ``block`` and ``can``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(5)
+    block = trimesh.creation.box((0.06, 0.08, 0.11)).subdivide().subdivide()
+    can = trimesh.creation.cylinder(radius=0.035, height=0.1, sections=24).subdivide()
+    for name, mesh in (("block", block), ("can", can)):
+        colours = rng.integers(0, 256, (len(mesh.vertices), 3))
+        mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=colours)
+        mesh.export(folder / f"{name}.ply")
+    return folder
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and its masks.
+
+    Attributes:
+        rgb: (H, W, 3) uint8.
+        segments: what a perfect segmenter sees in it.
+    """
+
+    rgb: np.ndarray
+    segments: list[Segment]
+
+
+def make_scene(mesh_dir: Path) -> Scene:
+    """A block, a can, and another block, side by side 0.6 m away."""
+    meshes = {
+        spec.class_id: load_object(spec)
+        for spec in discover_objects(mesh_dir)
+        if spec.class_id in ("block", "can")
+    }
+    placed = [("block", -0.17, 0.4), ("can", 0.0, 1.1), ("block", 0.17, 2.0)]
+    rng = np.random.default_rng(6)
+    rgb = rng.integers(60, 120, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    segments = []
+    with MeshRenderer() as renderer:
+        for class_id, x, angle in placed:
+            T_cam_obj = trimesh.transformations.rotation_matrix(angle, [1, 2, 0.5])
+            T_cam_obj[:3, 3] = [x, 0.0, 0.6]
+            view = renderer.render(meshes[class_id], T_cam_obj, K, WIDTH, HEIGHT)
+            rgb[view.mask] = view.rgb[view.mask]
+            segments.append(Segment(class_id, 0.9, view.mask))
+    return Scene(rgb, segments)
+
+
+# Messages.
+
+
+def header(stamp: int, frame_id: str = CAMERA_FRAME) -> Header:
+    """A header; ``stamp`` in nanoseconds."""
+    message = Header(frame_id=frame_id)
+    message.stamp.sec, message.stamp.nanosec = divmod(stamp, 1_000_000_000)
+    return message
+
+
+def image_message(pixels: np.ndarray, stamp: int, encoding: str = "rgb8") -> Image:
+    """Pixels (H, W[, C]) as Image."""
+    pixels = np.ascontiguousarray(pixels)
+    message = Image(header=header(stamp), height=pixels.shape[0], width=pixels.shape[1], encoding=encoding)
+    message.step = pixels.nbytes // pixels.shape[0]
+    message.data = array.array("B", pixels.tobytes())
+    return message
+
+
+def camera_message(
+    stamp: int, intrinsics: np.ndarray = K, height: int = HEIGHT, width: int = WIDTH
+) -> CameraInfo:
+    """A CameraInfo without distortion."""
+    message = CameraInfo(header=header(stamp), height=height, width=width, distortion_model="plumb_bob")
+    message.d = [0.0] * 5
+    message.k = np.asarray(intrinsics, float).reshape(9)
+    return message
+
+
+def segments_message(
+    segments: Sequence[Segment], stamp: int, height: int = HEIGHT, width: int = WIDTH
+) -> SegmentArray:
+    """Segments as SegmentArray."""
+    return segments_to_message(segments, header(stamp), height, width)
+
+
+# The node.
+
+
+class NodeProcess:
+    """``python -m picopose_ros.node`` as its own process, with its log in a file.
+
+    Args:
+        folder: for the log.
+        domain: ROS_DOMAIN_ID.
+        namespace: of the node.
+        parameters: given on the command line.
+    """
+
+    def __init__(self, folder: Path, domain: int, namespace: str, **parameters: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log_path = folder / "node.log"
+        self.namespace = namespace
+        command = [sys.executable, "-m", "picopose_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
+        for name, value in parameters.items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            command += ["-p", f"{name}:={text}"]
+        environment = {
+            **os.environ,
+            "ROS_DOMAIN_ID": str(domain),
+            "ROS_LOG_DIR": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def log(self) -> str:
+        """Everything the node has said."""
+        return self.log_path.read_text(errors="replace")
+
+    def lines(self, reason: str) -> int:
+        """How many lines of the log give this reason."""
+        return self.log.count(f"[{reason}]")
+
+    def wait(self, timeout: float = DEADLINE) -> int:
+        """Exit code, once the process has ended."""
+        return self.process.wait(timeout)
+
+    def wait_for_log(self, text: str, timeout: float = DEADLINE) -> None:
+        """Until the log has ``text``; fails when the process ends first."""
+        end = time.monotonic() + timeout
+        while text not in self.log:
+            assert self.process.poll() is None, f"the node ended: {self.log}"
+            assert time.monotonic() < end, f"no {text!r} in: {self.log}"
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        """SIGINT, and the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.wait()
+
+
+@contextmanager
+def running_node(folder: Path, domain: int, namespace: str, **parameters: object) -> Iterator[NodeProcess]:
+    """A node that is gone at the end, whatever happened."""
+    node = NodeProcess(folder, domain, namespace, **parameters)
+    try:
+        yield node
+    finally:
+        if node.process.poll() is None:
+            node.process.kill()
+            node.process.wait()
+
+
+# The client.
+
+
+class Client:
+    """A camera, a segmenter and a listener in this process, on a domain of their own.
+
+    Args:
+        domain: ROS_DOMAIN_ID.
+        namespace: of the node under test.
+        image_reliability: of the image publisher.
+    """
+
+    def __init__(
+        self, domain: int, namespace: str, image_reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE
+    ) -> None:
+        self._context = Context()
+        rclpy.init(context=self._context, domain_id=domain)
+        self.node = rclpy.create_node("client", namespace=namespace, context=self._context)
+        self._changed = threading.Condition()
+        self._detections: dict[int, Detection3DArray] = {}
+        self._transforms: dict[int, list] = {}
+        self.diagnostics: dict[str, DiagnosticArray] = {}
+        self._stamps = itertools.count(1_700_000_000_123_456_789, 33_333_333)
+
+        camera_qos = QoSProfile(depth=10, reliability=image_reliability)
+        self.image = self.node.create_publisher(Image, "image", camera_qos)
+        self.camera_info = self.node.create_publisher(CameraInfo, "camera_info", camera_qos)
+        self.segmentation = self.node.create_publisher(SegmentArray, "segmentation", 50)
+        self.node.create_subscription(Detection3DArray, "detections", self._on_detections, 50)
+        self.node.create_subscription(TFMessage, "/tf", self._on_tf, 100)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+        self._set_parameters = self.node.create_client(SetParameters, "picopose_node/set_parameters")
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._spin, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave the graph."""
+        self._context.try_shutdown()
+        self._thread.join(10)
+        self.node.destroy_node()
+
+    def _spin(self) -> None:
+        try:
+            self._executor.spin()
+        except ExternalShutdownException:
+            pass
+
+    def _on_detections(self, message: Detection3DArray) -> None:
+        with self._changed:
+            self._detections[stamp_to_nanoseconds(message.header.stamp)] = message
+            self._changed.notify_all()
+
+    def _on_tf(self, message: TFMessage) -> None:
+        with self._changed:
+            for transform in message.transforms:
+                self._transforms.setdefault(stamp_to_nanoseconds(transform.header.stamp), []).append(
+                    transform
+                )
+            self._changed.notify_all()
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        with self._changed:
+            for status in message.status:
+                self.diagnostics[status.name] = status
+            self._changed.notify_all()
+
+    def wait_for(self, condition: Callable[[], object], what: str, timeout: float = DEADLINE) -> object:
+        """The first true value of ``condition``, looked at after every message (and ten times a second)."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            while not (value := condition()):
+                assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
+                self._changed.wait(0.1)
+        return value
+
+    def wait_until_connected(self, node: NodeProcess) -> None:
+        """Until the node listens and this client is connected to all its topics; the node is ready then."""
+
+        def connected() -> bool:
+            assert node.process.poll() is None, f"the node ended: {node.log}"
+            inputs = (self.image, self.camera_info, self.segmentation)
+            return all(publisher.get_subscription_count() for publisher in inputs) and bool(
+                self.node.count_publishers(f"{node.namespace}/detections")
+            )
+
+        self.wait_for(connected, "the node's subscriptions")
+
+    def next_stamp(self) -> int:
+        """A stamp (ns) that was not used yet, 33 ms after the last."""
+        return next(self._stamps)
+
+    def send_frame(self, scene: Scene, stamp: int | None = None) -> int:
+        """Publish image and camera_info; returns their stamp."""
+        stamp = self.next_stamp() if stamp is None else stamp
+        self.image.publish(image_message(scene.rgb, stamp))
+        self.camera_info.publish(camera_message(stamp))
+        return stamp
+
+    def send_segments(self, segments: Sequence[Segment], stamp: int) -> None:
+        """Publish a segmentation."""
+        self.segmentation.publish(segments_message(segments, stamp))
+
+    def detections(self, stamp: int, timeout: float = DEADLINE) -> Detection3DArray:
+        """The answer with this stamp, waiting for it."""
+        return self.wait_for(lambda: self._detections.get(stamp), f"detections of {stamp}", timeout)
+
+    def answered(self, stamp: int) -> bool:
+        """Whether the answer with this stamp has come."""
+        return stamp in self._detections
+
+    def transforms(self, stamp: int, count: int) -> list:
+        """``count`` transforms with this stamp, waiting for them."""
+        self.wait_for(lambda: len(self._transforms.get(stamp, [])) >= count, f"{count} transforms of {stamp}")
+        return self._transforms[stamp]
+
+    def ask(self, scene: Scene) -> Detection3DArray:
+        """A good frame and its answer."""
+        stamp = self.send_frame(scene)
+        self.send_segments(scene.segments, stamp)
+        return self.detections(stamp)
+
+    def diagnostic_values(self, condition: Callable[[dict[str, str]], object], what: str) -> dict[str, str]:
+        """The node's diagnostics as soon as they fulfil ``condition``."""
+        name = f"{self.node.get_namespace()}/picopose_node: pose estimation"
+
+        def values() -> dict[str, str] | None:
+            status = self.diagnostics.get(name)
+            found = {pair.key: pair.value for pair in status.values} if status else {}
+            return found if found and condition(found) else None
+
+        return self.wait_for(values, what)
+
+    def set_parameter(self, name: str, value: object) -> tuple[bool, str]:
+        """Whether the node took the value, and its reason if not."""
+        self.wait_for(self._set_parameters.service_is_ready, "the parameter service")
+        request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
+        future = self._set_parameters.call_async(request)
+        self.wait_for(future.done, "the answer of the parameter service")
+        result = future.result().results[0]
+        return result.successful, result.reason
