@@ -1,7 +1,7 @@
 """Segments: instance masks with a class and a score, and the forms they arrive in.
 
-Masks travel as COCO run lengths: the mask is read column by column and the counts alternate between runs of zeros and
-runs of ones, starting with zeros (a count of 0 when the first pixel is set).
+Masks travel as COCO run lengths: the mask is read column by column and the counts alternate between runs of
+zeros and runs of ones, starting with zeros (a count of 0 when the first pixel is set).
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Segment:
     def __post_init__(self) -> None:
         mask = np.asarray(self.mask)
         if mask.ndim != 2:
-            raise SegmentError(f"segment {self.class_id!r}: the mask has shape {mask.shape}, give it as (height, width)")
+            raise SegmentError(
+                f"segment {self.class_id!r}: the mask has shape {mask.shape}, give it as (height, width)"
+            )
         if not np.isfinite(self.score):
             raise SegmentError(f"segment {self.class_id!r}: the score is {self.score}, give a number in 0..1")
         object.__setattr__(self, "mask", mask if mask.dtype == bool else mask != 0)
@@ -78,8 +80,8 @@ def rle_decode(counts: Sequence[int] | np.ndarray, height: int, width: int) -> n
 def rle_decode_compressed(counts: str | bytes, height: int, width: int) -> np.ndarray:
     """COCO's compressed run-length string -> mask (height, width) bool.
 
-    The string holds 5 bits per character from the low end, bit 5 saying that more follow; from the third count on each
-    is the difference to the count two before it.
+    The string holds 5 bits per character from the low end, bit 5 saying that more follow; from the third
+    count on each is the difference to the count two before it.
 
     Raises:
         SegmentError: as :func:`rle_decode`, and when the string is cut or holds other characters.
@@ -104,7 +106,7 @@ def rle_decode_compressed(counts: str | bytes, height: int, width: int) -> np.nd
 
 
 def mask_roi(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Tight box ``(x, y, w, h)`` in pixels around the set pixels of ``mask`` (H, W), or None if there is none."""
+    """Tight box ``(x, y, w, h)`` in pixels around the set pixels of ``mask`` (H, W); None if it is empty."""
     rows, cols = np.flatnonzero(np.any(mask, 1)), np.flatnonzero(np.any(mask, 0))
     if rows.size == 0:
         return None
@@ -117,17 +119,21 @@ def segments_from_label_image(labels: np.ndarray, classes: Mapping[int, tuple[st
 
     Args:
         labels: (H, W) integers; 0 is background.
-        classes: label value -> (class id, score). A value that the image doesn't hold gives an empty mask, so that
-            nothing is lost silently.
+        classes: label value -> (class id, score). A value that the image doesn't hold gives an empty mask, so
+            that nothing is lost silently.
 
     Raises:
         SegmentError: the image isn't 2-D or not of integers, or a class is given for the background.
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or not (np.issubdtype(labels.dtype, np.integer) or labels.dtype == bool):
-        raise SegmentError(f"a label image must be (height, width) of integers, got {labels.shape} {labels.dtype}")
+        raise SegmentError(
+            f"a label image must be (height, width) of integers, got {labels.shape} {labels.dtype}"
+        )
     if 0 in classes:
-        raise SegmentError(f"label 0 is the background, but {classes[0][0]!r} claims it: number instances from 1")
+        raise SegmentError(
+            f"label 0 is the background, but {classes[0][0]!r} claims it: number instances from 1"
+        )
     return [Segment(name, float(score), labels == value) for value, (name, score) in classes.items()]
 
 
@@ -159,8 +165,8 @@ def segments_from_cnos(
     """CNOS detections -> segments, in the order of the file.
 
     Args:
-        detections: the entries, or the JSON file that holds them. Both uncompressed counts (what CNOS writes) and
-            COCO's compressed string are understood.
+        detections: the entries, or the JSON file that holds them. Both uncompressed counts (what CNOS writes)
+            and COCO's compressed string are understood.
         scene_id, image_id: keep only this scene's or image's entries.
         class_names: integer category -> class id; by default BOP's mesh names (``obj_000005``).
 
@@ -209,13 +215,16 @@ def segments_from_json(path: Path | str, class_names: ClassNames | None = None) 
     """Read segments from a file of this package (:func:`segments_to_json`) or of CNOS.
 
     Raises:
-        SegmentError: the file can't be read, is neither of the two, or an entry is broken; names file and entry.
+        SegmentError: the file can't be read, is neither of the two, or an entry is broken; names file and
+            entry.
     """
     entries = _read_json_list(Path(path))
     if entries and all(isinstance(entry, dict) and "segmentation" in entry for entry in entries):
         images = {(entry.get("scene_id"), entry.get("image_id")) for entry in entries}
         if len(images) > 1:
-            raise SegmentError(f"{path}: holds detections of {len(images)} images; give a file with those of one image")
+            raise SegmentError(
+                f"{path}: holds detections of {len(images)} images; give a file with those of one image"
+            )
         try:
             return segments_from_cnos(entries, class_names=class_names)
         except SegmentError as error:

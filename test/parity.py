@@ -21,7 +21,8 @@ class Parity:
 
     Attributes:
         path: the file.
-        meta: what produced it (``versions.arch``, ``versions.seed``, ``versions.hyp``) and the table of its tensors.
+        meta: what produced it (``versions.arch``, ``versions.seed``, ``versions.hyp``) and the table of its
+            tensors.
     """
 
     def __init__(self, path: Path) -> None:

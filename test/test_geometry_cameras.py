@@ -35,9 +35,13 @@ def directions() -> np.ndarray:
 def test_project_agrees_with_opencv(model):
     points = directions()
     if model == "equidistant":
-        expected, _ = cv2.fisheye.projectPoints(points[:, None], np.zeros(3), np.zeros(3), K, np.array(LENSES[model]))
+        expected, _ = cv2.fisheye.projectPoints(
+            points[:, None], np.zeros(3), np.zeros(3), K, np.array(LENSES[model])
+        )
     else:
-        expected, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), K, np.array(LENSES[model] or (0, 0, 0, 0.0)))
+        expected, _ = cv2.projectPoints(
+            points, np.zeros(3), np.zeros(3), K, np.array(LENSES[model] or (0, 0, 0, 0.0))
+        )
     np.testing.assert_allclose(camera(model).project(points), expected.reshape(-1, 2), atol=1e-9)
 
 

@@ -56,7 +56,9 @@ def test_channels_are_bgr_with_constants_in_index_order():
     red[..., 0] = 255
     crop = crop_rgb(red, CropBox(0, 0, 10))
     assert crop.dtype == np.float32 and crop.shape == (3, 224, 224)
-    np.testing.assert_allclose(crop[:, 5, 5], [BACKGROUND[0], BACKGROUND[1], (1 - 0.40821073) / 0.27577711], 1e-6)
+    np.testing.assert_allclose(
+        crop[:, 5, 5], [BACKGROUND[0], BACKGROUND[1], (1 - 0.40821073) / 0.27577711], 1e-6
+    )
 
 
 def test_consistent_points_lie_on_the_plane_and_project_onto_their_cells():
@@ -73,7 +75,8 @@ def test_consistent_points_lie_on_the_plane_and_project_onto_their_cells():
 
 
 @pytest.mark.parametrize(
-    ("rows", "cols"), [((0, 30), (0, 9)), ((80, 100), (120, 160)), ((0, 100), (0, 160)), ((99, 100), (159, 160))]
+    ("rows", "cols"),
+    [((0, 30), (0, 9)), ((80, 100), (120, 160)), ((0, 100), (0, 160)), ((99, 100), (159, 160))],
 )
 def test_a_box_at_the_border_is_shifted_inside(rows, cols):
     mask = np.zeros((100, 160), bool)

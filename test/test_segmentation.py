@@ -49,7 +49,11 @@ def test_rle_starts_with_zeros_and_runs_down_columns():
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [([3, 2], "add up to 5 pixels, but a mask of 3x2 has 6"), ([7, -1], "non-negative"), ([1.5, 4.5], "whole numbers")],
+    [
+        ([3, 2], "add up to 5 pixels, but a mask of 3x2 has 6"),
+        ([7, -1], "non-negative"),
+        ([1.5, 4.5], "whole numbers"),
+    ],
 )
 def test_broken_run_lengths_are_refused(counts, message):
     with pytest.raises(SegmentError, match=message):
@@ -94,7 +98,9 @@ def test_label_image_refuses_what_it_cannot_mean():
 def cnos_entry(mask: np.ndarray, category: int, image: int, compressed: bool) -> dict:
     counts = rle_encode(mask)
     if compressed:
-        counts = coco.frPyObjects({"size": list(mask.shape), "counts": counts}, *mask.shape)["counts"].decode()
+        counts = coco.frPyObjects({"size": list(mask.shape), "counts": counts}, *mask.shape)[
+            "counts"
+        ].decode()
     segmentation = {"size": list(mask.shape), "counts": counts}
     return {
         "scene_id": 1,

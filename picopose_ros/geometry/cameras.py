@@ -62,8 +62,9 @@ class CameraModel:
         """Check that poses can be computed with this camera.
 
         Raises:
-            CameraError: K or D holds NaN or infinity, a focal length isn't positive (an uncalibrated camera sends
-                zeros), the image has no size, or the distortion model is unknown or has a wrong number of coefficients.
+            CameraError: K or D holds NaN or infinity, a focal length isn't positive (an uncalibrated camera
+                sends zeros), the image has no size, or the distortion model is unknown or has a wrong number
+                of coefficients.
         """
         K = self.K
         if not np.isfinite(K).all():
@@ -84,7 +85,8 @@ class CameraModel:
         if self.distortion_model not in _COEFFICIENTS:
             known = ", ".join(name for name in _COEFFICIENTS if name)
             raise CameraError(
-                f"camera: distortion model {self.distortion_model!r} is unknown (known: {known}); rectify the images"
+                f"camera: distortion model {self.distortion_model!r} is unknown "
+                f"(known: {known}); rectify the images"
             )
         if len(self.D) not in _COEFFICIENTS[self.distortion_model]:
             counts = " or ".join(str(n) for n in _COEFFICIENTS[self.distortion_model] if n) or "none"
@@ -92,7 +94,7 @@ class CameraModel:
             raise CameraError(f"camera: {name} with {len(self.D)} coefficients; it takes {counts}")
 
     def project(self, xyz: np.ndarray) -> np.ndarray:
-        """Camera-frame points (n, 3) in metres -> pixels (n, 2) float64 of the image as it is, lens included."""
+        """Camera-frame points (n, 3) in metres -> pixels (n, 2) of the image as it is, lens included."""
         xyz = np.asarray(xyz, np.float64).reshape(-1, 3)
         return self._distort(xyz[:, :2] / xyz[:, 2:])
 
@@ -105,8 +107,8 @@ class CameraModel:
         if not self.distorted or len(uv) == 0:
             return uv.copy()
         inverse = np.linalg.inv(self.K)
-        # Newton on the forward model: OpenCV's own inverse stops after a few fixed-point steps, which strong lenses
-        # don't converge in, and its interface differs between OpenCV 4 and 5.
+        # Newton on the forward model: OpenCV's own inverse stops after a few fixed-point steps, which strong
+        # lenses don't converge in, and its interface differs between OpenCV 4 and 5.
         xy = uv @ inverse[:2, :2].T + inverse[:2, 2]
         if self.distortion_model == "equidistant":
             # The image radius is about the angle, which is what the start must undo for wide angles.
@@ -126,8 +128,8 @@ class CameraModel:
                     -1,
                 )
             _, _, det = self._derivatives(xy)
-            # A polynomial folds back outside the calibrated image: a solution there, or on the far side of the axis,
-            # reproduces the pixel but isn't where the light came from.
+            # A polynomial folds back outside the calibrated image: a solution there, or on the far side of
+            # the axis, reproduces the pixel but isn't where the light came from.
             same_side = (xy * (uv - [self.K[0, 2], self.K[1, 2]])).sum(1) > -0.1
             good = (np.abs(self._distort(xy) - uv).max(1) < _CONVERGED_PX) & (det > 0) & same_side
         xy[~good] = np.nan
@@ -162,7 +164,11 @@ class CameraModel:
             CameraError: something is missing or can't be used.
         """
         K = entry.get("K", entry.get("cam_K", entry.get("k")))
-        missing = [name for name, value in (("K", K), *((n, entry.get(n)) for n in ("width", "height"))) if value is None]
+        missing = [
+            name
+            for name, value in (("K", K), *((n, entry.get(n)) for n in ("width", "height")))
+            if value is None
+        ]
         if missing:
             raise CameraError(f"camera: {', '.join(missing)} missing; needs K (9 numbers), width and height")
         try:

@@ -1,8 +1,8 @@
 """Square 224-pixel crops of segments and templates, and the geometry that travels with them.
 
-Queries and templates go through the same functions, so that what the network compares was made the same way. The
-conventions (even side, shifting instead of padding, bilinear resize without antialiasing, BGR with CLIP constants)
-are the released network's.
+Queries and templates go through the same functions, so that what the network compares was made the same way.
+The conventions (even side, shifting instead of padding, bilinear resize without antialiasing, BGR with CLIP
+constants) are the released network's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ GRID = 64
 CELL = CROP_SIZE / GRID
 """Side of one cell of the finest grid in crop pixels."""
 
-# The released network feeds BGR pixels through CLIP's constants in index order (the R constants meet the B channel).
+# The released network feeds BGR pixels through CLIP's constants in index order (the R constants meet the B
+# channel).
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 _STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
@@ -54,7 +55,9 @@ class CropBox:
         """M_crop_img (3, 3) float32: full-image pixel -> crop pixel."""
         # The product is rounded in float32 on purpose: that is the released network's matrix to the last bit.
         scale = np.float32(CROP_SIZE / self.side)
-        return np.array([[scale, 0, -scale * self.left], [0, scale, -scale * self.top], [0, 0, 1]], np.float32)
+        return np.array(
+            [[scale, 0, -scale * self.left], [0, scale, -scale * self.top], [0, 0, 1]], np.float32
+        )
 
 
 def _square(left: float, top: float, right: float, bottom: float, height: int, width: int) -> CropBox:
@@ -68,7 +71,7 @@ def _square(left: float, top: float, right: float, bottom: float, height: int, w
 
 
 def crop_box_from_mask(mask: np.ndarray) -> CropBox:
-    """Square box around the non-zero pixels of ``mask`` (H, W), shifted inside the image where it would leave it.
+    """Square box around the non-zero pixels of ``mask`` (H, W), shifted inside the image where needed.
 
     Raises:
         SegmentError: the mask has no non-zero pixel, or the image is smaller than 2x2.
@@ -104,7 +107,7 @@ def normalise_crop(rgb01: np.ndarray) -> np.ndarray:
 def crop_rgb(rgb: np.ndarray, box: CropBox) -> np.ndarray:
     """Crop RGB uint8 (H, W, 3) to the network's input (3, 224, 224) float32.
 
-    Bilinear without antialiasing, on values already divided by 255, as the released network does at test time.
+    Bilinear without antialiasing, on values already divided by 255, as the released network does.
     """
     region = rgb[box.slices].astype(np.float64) / 255.0
     return normalise_crop(cv2.resize(region, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR))
@@ -117,12 +120,12 @@ def crop_mask(mask: np.ndarray, box: CropBox) -> np.ndarray:
 
 
 def mask_background(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """``crop`` (3, 224, 224) with the pixels outside ``mask`` (224, 224) set to the templates' black background."""
+    """``crop`` (3, 224, 224) with what lies outside ``mask`` (224, 224) black, as templates have it."""
     return np.where(mask[None] != 0, crop, BACKGROUND[:, None, None])
 
 
 def _unproject(depth: np.ndarray, u: np.ndarray, v: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """Depth (...) in metres at pixels u, v (...) -> camera-frame points (..., 3) float32; (0, 0, 0) without depth."""
+    """Depth (...) in metres at pixels u, v (...) -> camera-frame points (..., 3); (0, 0, 0) without depth."""
     depth = depth.astype(np.float64)
     x = (u - K[0, 2]) * depth / K[0, 0]
     y = (v - K[1, 2]) * depth / K[1, 1]
@@ -150,8 +153,8 @@ def crop_points_nearest(depth: np.ndarray, K: np.ndarray, box: CropBox) -> np.nd
 def crop_points_consistent(depth: np.ndarray, K: np.ndarray, box: CropBox) -> np.ndarray:
     """3D points of the 64x64 cells as the training labels define them (decode mode ``subpixel``).
 
-    The cell (row j, column i) stands for the crop pixel floor((i + .5) * 3.5), floor((j + .5) * 3.5); its depth is read
-    at the pixel that holds that position and unprojected at the exact position.
+    The cell (row j, column i) stands for the crop pixel floor((i + .5) * 3.5), floor((j + .5) * 3.5); its
+    depth is read at the pixel that holds that position and unprojected at the exact position.
 
     Args, returns: as :func:`crop_points_nearest`.
     """
