@@ -43,7 +43,7 @@ class Symmetries:
     """Rotations by any angle: (axis (3,) unit vector, offset (3,) a point on the axis)."""
 
     def transforms(self, step_deg: float = 5.0) -> np.ndarray:
-        """All symmetries (S, 4, 4) float64, the identity first; continuous ones every ``step_deg`` degrees."""
+        """All symmetries (S, 4, 4) float64, identity first; continuous ones every ``step_deg`` degrees."""
         result = [np.eye(4), *self.discrete]
         for axis, offset in self.continuous:
             turns = []
@@ -122,7 +122,7 @@ def discover_objects(mesh_dir: str | Path, default_unit: str = "m") -> list[Obje
 
     Every mesh file is one object, named by the file, and so is every folder that holds one mesh file, named
     by the folder. A ``models_info.json`` beside them marks a BOP models folder: millimetres, symmetries, and
-    the number as an alias (``obj_000005.ply`` is also "5"). An ``objects.yaml`` decides over both, per object::
+    the number as an alias (``obj_000005.ply`` is also "5"). An ``objects.yaml`` decides over it, per object::
 
         mug:
           unit: mm                        # m, cm, mm or in
@@ -409,7 +409,7 @@ def _find(pattern: bytes, text: bytes) -> list[str]:
 
 
 def _fix_colours(path: Path, parts: list[trimesh.Trimesh]) -> None:
-    """Two things that trimesh leaves to its users: linear glTF colour factors and the colours of COFF files."""
+    """What trimesh leaves to its users: glTF's colour factors are linear, and COFF files have colours."""
     if path.suffix.lower() in (".glb", ".gltf"):
         for part in parts:
             factor = getattr(getattr(part.visual, "material", None), "baseColorFactor", None)

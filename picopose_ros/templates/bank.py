@@ -1,0 +1,438 @@
+"""The templates of an object with their features, built once per mesh and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from picopose_ros import __version__
+from picopose_ros.errors import CacheError, MeshError
+from picopose_ros.geometry.crops import (
+    CROP_SIZE,
+    CropBox,
+    crop_box_from_mask,
+    crop_mask,
+    crop_points_consistent,
+    crop_points_nearest,
+    crop_rgb,
+)
+from picopose_ros.model import PicoPose, model_fingerprint
+from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object, mesh_digest
+from picopose_ros.templates.renderer import MeshRenderer
+from picopose_ros.templates.viewpoints import viewpoint_rotations
+
+TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0.0, 1.0]])
+"""Camera of the templates (released network): 640x480 pixels."""
+
+TEMPLATE_SIZE = (640, 480)
+"""Width and height of a template image."""
+
+DISTANCE = 2.0
+"""Distance of the template camera from the object's centre, in diagonals of its bounding box."""
+
+WINDOW = 320
+"""Side of the square in the middle of a template that is rendered. At `DISTANCE` every object lies within
+149 pixels of the principal point, so the rest of the image is empty."""
+
+ENCODE_BATCH = 16
+"""Templates per forward pass of the network."""
+
+_FORMAT = 1
+"""Raise it when the meaning or the making of a bank changes: every cached bank is then rebuilt."""
+
+_ARRAYS = (
+    "images",
+    "boxes",
+    "masks",
+    "points_nearest",
+    "points_consistent",
+    "T_cam_ctr",
+    "centre",
+    "M_crop_img",
+    "K",
+    "descriptors",
+    "extents",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TemplateBank:
+    """All N templates of one object.
+
+    Poses are those of the *centred* object frame (``ctr``): the mesh's own frame moved to the centre of its
+    bounding box. ``T_cam_obj = T_cam_ctr @ bank.T_ctr_obj`` goes back to the mesh's own frame. Image
+    coordinates are those of the whole 640x480 template.
+    """
+
+    class_id: str
+    images: np.ndarray
+    """(N, B, B, 3) uint8 RGB: the pixels of each crop box, top left in a square of the largest box's side."""
+    boxes: np.ndarray
+    """(N, 3) int32 left, top and side of the crop boxes, full-image pixels."""
+    masks: np.ndarray
+    """(N, 224, 224) bool, the object in the crop."""
+    points_nearest: np.ndarray
+    """(N, 64, 64, 3) float32 camera-frame points for the decode mode ``reference``, m; 0 without depth."""
+    points_consistent: np.ndarray
+    """(N, 64, 64, 3) float32 camera-frame points for the decode mode ``subpixel``, m; 0 without depth."""
+    T_cam_ctr: np.ndarray
+    """(N, 4, 4) float32 centred object frame -> template camera, metres."""
+    centre: np.ndarray
+    """(3,) float64 centre of the bounding box in the mesh's own frame, metres."""
+    M_crop_img: np.ndarray
+    """(N, 3, 3) float32 full-image pixel -> crop pixel."""
+    K: np.ndarray
+    """(3, 3) float64 intrinsics of the full template image."""
+    descriptors: np.ndarray
+    """(N, C, 256) float16 unit vectors, one per patch, row-major: what stage 1 matches."""
+    extents: np.ndarray
+    """(3,) float64 sides of the bounding box, metres."""
+    diameter: float
+    """Largest distance between two vertices, metres."""
+    warnings: tuple[str, ...] = ()
+    """What looks wrong with the mesh."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def sides(self) -> np.ndarray:
+        """(N,) int32 sides of the crop boxes in pixels."""
+        return self.boxes[:, 2]
+
+    @property
+    def T_ctr_obj(self) -> np.ndarray:
+        """(4, 4) float64 mesh's own frame -> centred object frame."""
+        transform = np.eye(4)
+        transform[:3, 3] = -self.centre
+        return transform
+
+    @property
+    def centres(self) -> np.ndarray:
+        """(N, 2) float32 where the object's centre lies in each crop, crop pixels."""
+        centre = self.T_cam_ctr[:, :3, 3] @ self.K.T.astype(np.float32)
+        centre = centre / centre[:, 2:]
+        return np.einsum("nij,nj->ni", self.M_crop_img, centre)[:, :2]
+
+    def crops(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """The network's input (n, 3, 224, 224) float32 of the templates ``ids`` (n,)."""
+        crops = []
+        for index in ids:
+            side = int(self.boxes[int(index), 2])
+            crops.append(crop_rgb(self.images[int(index)], CropBox(0, 0, side)))
+        return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, CROP_SIZE, CROP_SIZE)
+
+
+@dataclass(frozen=True)
+class Onboarding:
+    """What became of the objects of a mesh directory."""
+
+    banks: dict[str, TemplateBank]
+    """By class id: the objects that can be estimated."""
+    specs: dict[str, ObjectSpec]
+    """By class id: all objects found."""
+    failed: dict[str, str]
+    """By class id: why an object has no bank."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong with the objects that have one."""
+
+
+def build_bank(
+    mesh: ObjectMesh,
+    model: PicoPose,
+    count: int = 162,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> TemplateBank:
+    """Render an object from all sides and encode the views.
+
+    Args:
+        mesh: in metres.
+        model: in evaluation mode.
+        count: viewpoints: 42, 162 or 642.
+        device: where the network runs; None: where it is.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ConfigError: no such number of viewpoints.
+        MeshError: the object is invisible from one of them.
+        RenderError: nothing can be rendered on this machine.
+    """
+    rotations = viewpoint_rotations(count)
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    model = model.to(device)
+    width, height = TEMPLATE_SIZE
+    offset = np.array([(width - WINDOW) // 2, (height - WINDOW) // 2])
+    K = TEMPLATE_K.copy()
+    K[:2, 2] -= offset
+    T_ctr_obj = np.eye(4)
+    T_ctr_obj[:3, 3] = -mesh.centre
+    T_cam_ctr = np.tile(np.eye(4), (count, 1, 1))
+    T_cam_ctr[:, :3, :3] = rotations
+    T_cam_ctr[:, 2, 3] = DISTANCE * mesh.diagonal
+
+    images, boxes, masks, nearest, consistent, affines, descriptors = [], [], [], [], [], [], []
+    batch: list[np.ndarray] = []
+    with MeshRenderer(antialias=True) as renderer, _bar(mesh.spec.class_id, count, progress) as bar:
+        for index, pose in enumerate(T_cam_ctr):
+            view = renderer.render(mesh, pose @ T_ctr_obj, K, WINDOW, WINDOW)
+            if not view.mask.any():
+                raise MeshError(
+                    f"mesh {mesh.spec.path} cannot be seen from viewpoint {index}: its faces have no area "
+                    "there; give it some thickness"
+                )
+            box = crop_box_from_mask(view.mask)
+            images.append(view.rgb[box.slices])
+            masks.append(crop_mask(view.mask, box).astype(bool))
+            nearest.append(crop_points_nearest(view.depth, K, box))
+            consistent.append(crop_points_consistent(view.depth, K, box))
+            full = CropBox(box.left + int(offset[0]), box.top + int(offset[1]), box.side)
+            boxes.append((full.left, full.top, full.side))
+            affines.append(full.affine())
+            batch.append(crop_rgb(view.rgb, box))
+            if len(batch) == ENCODE_BATCH or index == count - 1:
+                with torch.inference_mode():
+                    features = model.encode(torch.from_numpy(np.stack(batch)).to(device))
+                descriptors.append(features.descriptors.half().cpu().numpy())
+                bar.update(len(batch))
+                batch.clear()
+
+    squares = np.zeros((count, *(max(box[2] for box in boxes),) * 2, 3), np.uint8)
+    for square, image in zip(squares, images, strict=True):
+        square[: len(image), : len(image)] = image
+    return TemplateBank(
+        class_id=mesh.spec.class_id,
+        images=squares,
+        boxes=np.array(boxes, np.int32),
+        masks=np.stack(masks),
+        points_nearest=np.stack(nearest),
+        points_consistent=np.stack(consistent),
+        T_cam_ctr=T_cam_ctr.astype(np.float32),
+        centre=mesh.centre,
+        M_crop_img=np.stack(affines),
+        K=TEMPLATE_K.copy(),
+        descriptors=np.concatenate(descriptors),
+        extents=mesh.extents,
+        diameter=mesh.diameter,
+        warnings=tuple(mesh.warnings),
+    )
+
+
+def load_or_build(
+    spec: ObjectSpec,
+    model: PicoPose,
+    count: int = 162,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    fingerprint: str | None = None,
+) -> TemplateBank:
+    """The bank of an object, from the cache where that holds exactly this one.
+
+    An entry counts only if it was made from the same mesh bytes (and files the mesh refers to), unit,
+    viewpoints, render settings, weights, preset and package version, and if its checksum is right; otherwise
+    it is rebuilt and replaced, and the log says why. Processes that want the same entry wait for the one that
+    builds it. Without a usable cache folder the bank is built every time, with a warning.
+
+    Args:
+        spec, model, count, device, progress: as in `build_bank`.
+        cache_dir: None: ``picopose_ros`` in the user's cache folder.
+        fingerprint: of the model, where it is known (`model_fingerprint` reads every weight).
+
+    Raises:
+        MeshError: the mesh cannot be used.
+        RenderError: nothing can be rendered on this machine.
+    """
+    recipe = _recipe(spec, model, count, fingerprint)
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    path = folder / _entry_name(spec, model, count)
+    bank = _cached(path, recipe)
+    if bank is not None:
+        return bank
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder / f".{path.name}.lock"))
+        except OSError as error:
+            _log.warning("cache folder %s cannot be used (%s): the bank is not kept", folder, error)
+            return build_bank(load_object(spec), model, count, device, progress)
+        bank = _cached(path, recipe)  # another process may have built it meanwhile
+        if bank is None:
+            bank = build_bank(load_object(spec), model, count, device, progress)
+            try:
+                _write_entry(path, bank, recipe)
+            except (OSError, SafetensorError) as error:
+                _log.warning("the bank of '%s' cannot be kept in %s: %s", spec.class_id, path, error)
+    return bank
+
+
+def onboard(
+    mesh_dir: str | Path,
+    model: PicoPose,
+    count: int = 162,
+    unit: str = "m",
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Onboarding:
+    """Make the banks of all objects of a mesh directory. A mesh that cannot be used does not stop the others.
+
+    Args:
+        mesh_dir: see `discover_objects`; ``unit`` is its default unit.
+        model, count, cache_dir, device, progress: see `load_or_build`.
+
+    Raises:
+        MeshError: the directory cannot be used, or not one of its meshes.
+        ConfigError: no such number of viewpoints.
+        RenderError: nothing can be rendered on this machine.
+    """
+    specs = {spec.class_id: spec for spec in discover_objects(mesh_dir, unit)}
+    fingerprint = model_fingerprint(model)
+    result = Onboarding({}, specs, {})
+    for class_id, spec in specs.items():
+        try:
+            bank = load_or_build(spec, model, count, cache_dir, device, progress, fingerprint)
+        except MeshError as error:
+            result.failed[class_id] = str(error)
+            _log.error("object '%s' is left out: %s", class_id, error)
+            continue
+        result.banks[class_id] = bank
+        result.warnings.extend(bank.warnings)
+        for warning in bank.warnings:
+            _log.warning("%s", warning)
+    if not result.banks:
+        raise MeshError(f"no object of {mesh_dir} can be used: " + "; ".join(result.failed.values()))
+    return result
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/picopose_ros``, or ``~/.cache/picopose_ros``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "picopose_ros"
+
+
+def _bar(class_id: str, count: int, progress: bool) -> tqdm:
+    return tqdm(total=count, desc=f"onboarding {class_id}", unit="view", disable=None if progress else True)
+
+
+def _recipe(spec: ObjectSpec, model: PicoPose, count: int, fingerprint: str | None) -> dict[str, str]:
+    """Everything that a bank depends on, by the name under which the log speaks of it."""
+    settings = [TEMPLATE_K.tolist(), TEMPLATE_SIZE, DISTANCE, WINDOW, "antialiased", _FORMAT]
+    return {
+        "mesh": mesh_digest(spec),
+        "unit": spec.unit,
+        "viewpoints": str(count),
+        "render settings": json.dumps(settings),
+        "weights": model_fingerprint(model) if fingerprint is None else fingerprint,
+        "preset": model.config.name,
+        "package version": __version__,
+    }
+
+
+def _entry_name(spec: ObjectSpec, model: PicoPose, count: int) -> str:
+    """One entry per mesh file, preset and number of viewpoints, so that a stale one is replaced, not kept."""
+    place = hashlib.sha256(str(spec.path.resolve()).encode()).hexdigest()[:12]
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", spec.class_id)[:60]
+    return f"{readable}-{place}-{model.config.name}-{count}.safetensors"
+
+
+def _checksum(arrays: dict[str, np.ndarray], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in _ARRAYS:
+        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file; the kernel frees it if this process dies."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("waiting for another process that builds the same bank (%s)", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cached(path: Path, recipe: dict[str, str]) -> TemplateBank | None:
+    if not path.is_file():
+        return None
+    try:
+        return _read_entry(path, recipe)
+    except CacheError as error:
+        _log.warning("%s", error)
+        return None
+
+
+def _read_entry(path: Path, recipe: dict[str, str]) -> TemplateBank:
+    """Raises CacheError if the entry is of another recipe or not intact."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            about: dict[str, Any] = json.loads(metadata["about"])
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        differing = [name for name in recipe if about["recipe"].get(name) != recipe[name]]
+        if differing:
+            raise CacheError(f"the cached bank {path} is stale ({', '.join(differing)} changed): rebuilding")
+        if metadata["checksum"] != _checksum(arrays, metadata["about"]):
+            raise CacheError(f"the cached bank {path} is damaged (wrong checksum): rebuilding")
+        return TemplateBank(
+            class_id=about["class_id"],
+            diameter=about["diameter"],
+            warnings=tuple(about["warnings"]),
+            **arrays,
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"the cached bank {path} is damaged ({error}): rebuilding") from error
+
+
+def _write_entry(path: Path, bank: TemplateBank, recipe: dict[str, str]) -> None:
+    """Write atomically: a reader sees the old entry or the whole new one, also after a crash or a power cut."""
+    for leftover in path.parent.glob(
+        f".{path.name}.*.partial"
+    ):  # of processes that were killed: we hold the lock
+        leftover.unlink(missing_ok=True)
+    about = json.dumps(
+        {
+            "class_id": bank.class_id,
+            "diameter": bank.diameter,
+            "warnings": bank.warnings,
+            "recipe": recipe,
+        }
+    )
+    arrays = {name: np.ascontiguousarray(getattr(bank, name)) for name in _ARRAYS}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(arrays, partial, metadata={"about": about, "checksum": _checksum(arrays, about)})
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
