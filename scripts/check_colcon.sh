@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Builds the package with colcon against the ROS wheels of a virtual environment, as a ROS workspace would, and
+# looks at what was installed: the generated messages are imported from there, nothing from the source tree.
+#
+# usage: check_colcon.sh VENV
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+venv="$(cd "${1:?usage: check_colcon.sh VENV}" && pwd)"
+workspace="$(mktemp -d)"
+trap 'rm -rf "$workspace"' EXIT
+export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv" CMAKE_PREFIX_PATH="$venv"
+
+mkdir "$workspace/src"
+# A copy of what belongs to the package, so that colcon neither walks the environments nor sees old builds.
+(cd "$root" && tar -cf - --exclude='__pycache__' --exclude='build' \
+  CMakeLists.txt package.xml config launch msg picopose_ros plain_ros resource scripts) |
+  (mkdir "$workspace/src/picopose_ros" && tar -xf - -C "$workspace/src/picopose_ros")
+
+cd "$workspace"
+packages="$(colcon list --names-only)"
+if [ "$packages" != picopose_ros ]; then
+  echo "colcon must find picopose_ros alone (plain_ros/ is not for ROS machines), it found: $packages" >&2
+  exit 1
+fi
+colcon build --event-handlers console_cohesion- console_direct- \
+  --cmake-args -G Ninja -DBUILD_TESTING=OFF -DPython3_EXECUTABLE="$venv/bin/python" \
+  -DCMAKE_PROJECT_INCLUDE="$root/plain_ros/fix_wheels.cmake" || {
+  cat log/latest_build/picopose_ros/stdout_stderr.log >&2
+  exit 1
+}
+
+# setup.bash reads variables that may be unset.
+set +u
+# shellcheck disable=SC1091
+source install/setup.bash
+set -u
+# As in a workspace: its site-packages come before those of the environment, so nothing is read from the sources.
+
+WORKSPACE="$workspace" python "$root/scripts/inspect_install.py"
