@@ -45,14 +45,14 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(name, default_value=name, description=f"Topic. {text}")
             for name, text in TOPICS.items()
         ),
-        DeclareLaunchArgument("namespace", default_value="", description="Namespace; give each camera its own."),
-        DeclareLaunchArgument("rviz", default_value="false", description="true: also start rviz2, if installed."),
+        DeclareLaunchArgument("namespace", default_value="", description="Give each camera its own."),
+        DeclareLaunchArgument("rviz", default_value="false", description="true: also start rviz2."),
     ]
     return LaunchDescription([*arguments, OpaqueFunction(function=_nodes, args=[config / "picopose.rviz"])])
 
 
 def _nodes(context: LaunchContext, rviz_config: Path) -> list[Node]:
-    """The nodes. Only now is it known which arguments were given; the others must not override params_file."""
+    """The nodes. Only now it is known which arguments were given; no other may override params_file."""
     given = {name: LaunchConfiguration(name).perform(context) for name in PARAMETERS}
     overrides = {
         # The type is said, or a folder named 2024 would arrive as a number.

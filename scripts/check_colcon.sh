@@ -12,7 +12,7 @@ export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv" CMAKE_PREFIX_PATH="$venv
 
 mkdir "$workspace/src"
 # A copy of what belongs to the package, so that colcon neither walks the environments nor sees old builds.
-(cd "$root" && tar -cf - --exclude='__pycache__' --exclude='build' \
+(cd "$root" && tar -cf - --exclude='__pycache__' \
   CMakeLists.txt package.xml config launch msg picopose_ros plain_ros resource scripts) |
   (mkdir "$workspace/src/picopose_ros" && tar -xf - -C "$workspace/src/picopose_ros")
 
@@ -35,5 +35,4 @@ set +u
 source install/setup.bash
 set -u
 # As in a workspace: its site-packages come before those of the environment, so nothing is read from the sources.
-
 WORKSPACE="$workspace" python "$root/scripts/inspect_install.py"

@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
+from rclpy.serialization import deserialize_message, serialize_message
 
-workspace = Path(os.environ["WORKSPACE"]).resolve()
+import picopose_ros
+from picopose_ros import msg, segmentation
+
+INSTALL = Path(os.environ["COLCON_PREFIX_PATH"].split(os.pathsep)[0]).resolve()
+
+
+def expect(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise SystemExit(f"colcon install: {complaint}")
 
 
 def inside(path: str | Path) -> bool:
-    return Path(path).resolve().is_relative_to(workspace)
+    return Path(path).resolve().is_relative_to(INSTALL)
 
 
 def main() -> None:
-    import picopose_ros
-    from picopose_ros import msg, segmentation
-
     for module in (picopose_ros, msg, segmentation):
-        assert inside(module.__file__), f"{module.__name__} was imported from {module.__file__}, not {workspace}"
+        expect(inside(module.__file__), f"{module.__name__} comes from {module.__file__}, not from {INSTALL}")
 
-    message = msg.SegmentArray(segments=[msg.Segment(class_id="mug", encoding=msg.Segment.ENCODING_RLE, rle=[0, 4])])
-    from rclpy.serialization import deserialize_message, serialize_message
-
-    assert deserialize_message(serialize_message(message), msg.SegmentArray) == message
+    segment = msg.Segment(class_id="mug", encoding=msg.Segment.ENCODING_RLE, rle=[0, 4])
+    message = msg.SegmentArray(height=2, width=2, segments=[segment])
+    returned = deserialize_message(serialize_message(message), msg.SegmentArray)
+    expect(returned == message, f"a message came back as {returned}")
 
     share = Path(get_package_share_directory("picopose_ros"))
-    prefix = Path(get_package_prefix("picopose_ros"))
-    assert inside(share) and inside(prefix), f"the ament index names {share}"
+    expect(inside(share), f"the ament index names {share}")
     for file in ("launch/picopose.launch.py", "config/picopose.yaml", "config/picopose.rviz", "package.xml"):
-        assert (share / file).is_file(), f"{share / file} is not installed"
-    for file in ("picopose_node", "picopose"):
-        assert os.access(prefix / "lib/picopose_ros" / file, os.X_OK), f"{file} is not installed as an executable"
-    shown = subprocess.run([prefix / "lib/picopose_ros/picopose", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "onboard" in shown.stdout, f"picopose --help: {shown.stdout}{shown.stderr}"
-    print(f"colcon install: messages, modules, launch, config and executables are in place ({sys.version.split()[0]})")
+        expect((share / file).is_file(), f"{share / file} is missing")
+    executables = Path(get_package_prefix("picopose_ros")) / "lib/picopose_ros"
+    for file in ("picopose", "picopose_node"):
+        expect(os.access(executables / file, os.X_OK), f"{executables / file} is no executable")
+    shown = subprocess.run([executables / "picopose", "--help"], stdout=subprocess.PIPE, text=True)
+    expect(shown.returncode == 0 and "onboard" in shown.stdout, "`picopose --help` does not list its commands")
+    print("colcon install: messages, modules, launch file, configuration and executables are in place")
 
 
 if __name__ == "__main__":
