@@ -112,7 +112,7 @@ def _triangulate(outline: np.ndarray) -> np.ndarray:
     return np.array(triangles)
 
 
-def _extrude(outline: np.ndarray, height: float, layers: int, bevel: float = 0.0) -> trimesh.Trimesh:
+def extrude(outline: np.ndarray, height: float, layers: int, bevel: float = 0.0) -> trimesh.Trimesh:
     """Prism over an outline; with a bevel the rims are drawn in towards the outline's mean."""
     levels = [(z, 1.0) for z in np.linspace(-height / 2, height / 2, layers + 1)]
     if bevel:
@@ -142,7 +142,7 @@ def _clean(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
     return _outward(mesh)
 
 
-def _revolve(profile: np.ndarray, columns: int = 48) -> trimesh.Trimesh:
+def revolve(profile: np.ndarray, columns: int = 48) -> trimesh.Trimesh:
     """Turn a profile of ``(radius, z)`` rows around the z axis."""
     angle = np.linspace(0, 2 * np.pi, columns, endpoint=False)
     x = profile[:, :1] * np.cos(angle)
@@ -151,7 +151,7 @@ def _revolve(profile: np.ndarray, columns: int = 48) -> trimesh.Trimesh:
     return _clean(np.stack([x, y, z], -1).reshape(-1, 3), _lattice(len(profile), columns, False, True))
 
 
-def _smooth_profile(points: np.ndarray, count: int) -> np.ndarray:
+def smooth_profile(points: np.ndarray, count: int) -> np.ndarray:
     """Round the corners of a profile by repeated corner cutting, then thin it to ``count`` points."""
     for _ in range(3):
         cut = np.concatenate(
@@ -169,7 +169,7 @@ def _box(rng: np.random.Generator) -> _Shape:
             mesh = mesh.subdivide()
         return _Shape(mesh, smooth=False)
     exponent = rng.uniform(0.06, 0.25)  # a superquadric this close to a box is a box with round edges
-    return _Shape(_superquadric_mesh(size / 2, exponent, exponent), smooth=True)
+    return _Shape(superquadric_mesh(size / 2, exponent, exponent), smooth=True)
 
 
 def _polygon(rng: np.random.Generator) -> np.ndarray:
@@ -221,7 +221,7 @@ def _polygon(rng: np.random.Generator) -> np.ndarray:
 def _prism(rng: np.random.Generator) -> _Shape:
     bevel = rng.uniform(0.03, 0.12) if rng.uniform() < 0.4 else 0.0
     return _Shape(
-        _extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False
+        extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False
     )
 
 
@@ -234,8 +234,8 @@ def _bottle(rng: np.random.Generator) -> _Shape:
     profile += [(neck, shoulder + 0.15), (neck, top - 0.06), (cap, top - 0.06), (cap, top), (0, top)]
     points = np.array(profile)
     if rng.uniform() < 0.6:
-        points = _smooth_profile(points, 44)
-    return _Shape(_revolve(points), smooth=False, wrap=True)
+        points = smooth_profile(points, 44)
+    return _Shape(revolve(points), smooth=False, wrap=True)
 
 
 def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
@@ -255,20 +255,20 @@ def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
 def _bowl(rng: np.random.Generator) -> _Shape:
     points = _vessel_profile(rng)
     return _Shape(
-        _revolve(_smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True
+        revolve(smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True
     )
 
 
 def _mug(rng: np.random.Generator) -> _Shape:
     points = _vessel_profile(rng)
-    body = _revolve(points)
+    body = revolve(points)
     height = points[3, 1]
     thick = rng.uniform(0.03, 0.06)
     angle = np.linspace(-np.pi / 2, np.pi / 2, 20)
     reach, rise = rng.uniform(0.18, 0.35), height * rng.uniform(0.25, 0.36)
     start = float(np.interp(height / 2, points[1:4, 1], points[1:4, 0])) - 0.03
     path = np.stack([start + reach * np.cos(angle), 0 * angle, height / 2 + rise * np.sin(angle)], axis=-1)
-    handle = _sweep(path, np.full(len(path), thick), 12)
+    handle = sweep(path, np.full(len(path), thick), 12)
     return _Shape(trimesh.util.concatenate([body, handle]), smooth=False, wrap=True)
 
 
@@ -279,15 +279,16 @@ def _turned(rng: np.random.Generator) -> _Shape:
     radius = rng.uniform(0.08, 0.45, count)
     profile = np.concatenate([[(0, z[0])], np.stack([radius, z], -1), [(0, z[-1])]])
     if rng.uniform() < 0.6:
-        profile = _smooth_profile(profile, 44)
-    return _Shape(_revolve(profile), smooth=False, wrap=True)
+        profile = smooth_profile(profile, 44)
+    return _Shape(revolve(profile), smooth=False, wrap=True)
 
 
 def _signed_power(value: np.ndarray, exponent: float) -> np.ndarray:
     return np.sign(value) * np.abs(value) ** exponent
 
 
-def _superquadric_mesh(half: np.ndarray, e1: float, e2: float) -> trimesh.Trimesh:
+def superquadric_mesh(half: np.ndarray, e1: float, e2: float) -> trimesh.Trimesh:
+    """Superquadric with these half axes ``(3,)``; exponents 1 give an ellipsoid, near 0 a box."""
     lat, lon, faces = _sphere_grid()
     across = _signed_power(np.cos(lat), e1)
     x = half[0] * across * _signed_power(np.cos(lon), e2)
@@ -298,7 +299,7 @@ def _superquadric_mesh(half: np.ndarray, e1: float, e2: float) -> trimesh.Trimes
 
 def _superquadric(rng: np.random.Generator) -> _Shape:
     half = np.exp(rng.uniform(np.log(0.15), np.log(0.5), 3))
-    return _Shape(_superquadric_mesh(half, rng.uniform(0.25, 2.2), rng.uniform(0.25, 2.2)), smooth=True)
+    return _Shape(superquadric_mesh(half, rng.uniform(0.25, 2.2), rng.uniform(0.25, 2.2)), smooth=True)
 
 
 def _capsule(rng: np.random.Generator) -> _Shape:
@@ -306,7 +307,7 @@ def _capsule(rng: np.random.Generator) -> _Shape:
     arc = np.linspace(0, np.pi / 2, 10)
     low = np.stack([radius * np.sin(arc), -radius * np.cos(arc)], -1)
     high = np.stack([radius * rng.uniform(0.6, 1.0) * np.cos(arc), length + radius * np.sin(arc)], -1)
-    return _Shape(_revolve(np.concatenate([low, high])), smooth=True, wrap=rng.uniform() < 0.5)
+    return _Shape(revolve(np.concatenate([low, high])), smooth=True, wrap=rng.uniform() < 0.5)
 
 
 def _torus(rng: np.random.Generator) -> _Shape:
@@ -334,7 +335,7 @@ def _blend(rng: np.random.Generator) -> _Shape:
     return _Shape(_clean((ray * radius[..., None]).reshape(-1, 3), faces), smooth=True)
 
 
-def _sweep(path: np.ndarray, radius: np.ndarray, columns: int) -> trimesh.Trimesh:
+def sweep(path: np.ndarray, radius: np.ndarray, columns: int) -> trimesh.Trimesh:
     """A closed tube of the given radii along a path ``(n, 3)``."""
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
@@ -357,7 +358,7 @@ def _pipe(rng: np.random.Generator) -> _Shape:
     for _ in range(40):
         path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
     return _Shape(
-        _sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True
+        sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True
     )
 
 
