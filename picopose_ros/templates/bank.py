@@ -33,7 +33,7 @@ from picopose_ros.geometry.crops import (
 )
 from picopose_ros.model import PicoPose, model_fingerprint
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object, mesh_digest
-from picopose_ros.templates.renderer import MeshRenderer
+from picopose_ros.templates.renderer import MeshRenderer, Rendering
 from picopose_ros.templates.viewpoints import viewpoint_rotations
 
 TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0.0, 1.0]])
@@ -154,6 +154,38 @@ class Onboarding:
     """What looks wrong with the objects that have one."""
 
 
+@dataclass(frozen=True)
+class TemplateCrop:
+    """What is kept of one rendered view."""
+
+    box: CropBox
+    """In pixels of the view."""
+    pixels: np.ndarray
+    """(side, side, 3) uint8 RGB."""
+    mask: np.ndarray
+    """(224, 224) bool."""
+    points_nearest: np.ndarray
+    """(64, 64, 3) float32, camera frame, metres."""
+    points_consistent: np.ndarray
+    """(64, 64, 3) float32, camera frame, metres."""
+
+
+def crop_template(view: Rendering, K: np.ndarray) -> TemplateCrop:
+    """Crop a rendered view with intrinsics ``K`` (3, 3) around its object, as the released network does.
+
+    Raises:
+        SegmentError: the view is empty.
+    """
+    box = crop_box_from_mask(view.mask)
+    return TemplateCrop(
+        box=box,
+        pixels=view.rgb[box.slices].copy(),  # not a view that keeps the whole image alive
+        mask=crop_mask(view.mask, box).astype(bool),
+        points_nearest=crop_points_nearest(view.depth, K, box),
+        points_consistent=crop_points_consistent(view.depth, K, box),
+    )
+
+
 def build_bank(
     mesh: ObjectMesh,
     model: PicoPose,
@@ -179,17 +211,18 @@ def build_bank(
     device = next(model.parameters()).device if device is None else torch.device(device)
     model = model.to(device)
     width, height = TEMPLATE_SIZE
-    offset = np.array([(width - WINDOW) // 2, (height - WINDOW) // 2])
+    left, top = (width - WINDOW) // 2, (height - WINDOW) // 2
     K = TEMPLATE_K.copy()
-    K[:2, 2] -= offset
+    K[:2, 2] -= left, top
     T_ctr_obj = np.eye(4)
     T_ctr_obj[:3, 3] = -mesh.centre
     T_cam_ctr = np.tile(np.eye(4), (count, 1, 1))
     T_cam_ctr[:, :3, :3] = rotations
     T_cam_ctr[:, 2, 3] = DISTANCE * mesh.diagonal
 
-    images, boxes, masks, nearest, consistent, affines, descriptors = [], [], [], [], [], [], []
+    crops: list[TemplateCrop] = []
     batch: list[np.ndarray] = []
+    descriptors: list[np.ndarray] = []
     with MeshRenderer(antialias=True) as renderer, _bar(mesh.spec.class_id, count, progress) as bar:
         for index, pose in enumerate(T_cam_ctr):
             view = renderer.render(mesh, pose @ T_ctr_obj, K, WINDOW, WINDOW)
@@ -198,15 +231,8 @@ def build_bank(
                     f"mesh {mesh.spec.path} cannot be seen from viewpoint {index}: its faces have no area "
                     "there; give it some thickness"
                 )
-            box = crop_box_from_mask(view.mask)
-            images.append(view.rgb[box.slices])
-            masks.append(crop_mask(view.mask, box).astype(bool))
-            nearest.append(crop_points_nearest(view.depth, K, box))
-            consistent.append(crop_points_consistent(view.depth, K, box))
-            full = CropBox(box.left + int(offset[0]), box.top + int(offset[1]), box.side)
-            boxes.append((full.left, full.top, full.side))
-            affines.append(full.affine())
-            batch.append(crop_rgb(view.rgb, box))
+            crops.append(crop_template(view, K))
+            batch.append(crop_rgb(view.rgb, crops[-1].box))
             if len(batch) == ENCODE_BATCH or index == count - 1:
                 with torch.inference_mode():
                     features = model.encode(torch.from_numpy(np.stack(batch)).to(device))
@@ -214,19 +240,20 @@ def build_bank(
                 bar.update(len(batch))
                 batch.clear()
 
-    squares = np.zeros((count, *(max(box[2] for box in boxes),) * 2, 3), np.uint8)
-    for square, image in zip(squares, images, strict=True):
-        square[: len(image), : len(image)] = image
+    boxes = [CropBox(left + crop.box.left, top + crop.box.top, crop.box.side) for crop in crops]
+    images = np.zeros((count, *(max(box.side for box in boxes),) * 2, 3), np.uint8)
+    for image, crop in zip(images, crops, strict=True):
+        image[: crop.box.side, : crop.box.side] = crop.pixels
     return TemplateBank(
         class_id=mesh.spec.class_id,
-        images=squares,
-        boxes=np.array(boxes, np.int32),
-        masks=np.stack(masks),
-        points_nearest=np.stack(nearest),
-        points_consistent=np.stack(consistent),
+        images=images,
+        boxes=np.array([(box.left, box.top, box.side) for box in boxes], np.int32),
+        masks=np.stack([crop.mask for crop in crops]),
+        points_nearest=np.stack([crop.points_nearest for crop in crops]),
+        points_consistent=np.stack([crop.points_consistent for crop in crops]),
         T_cam_ctr=T_cam_ctr.astype(np.float32),
         centre=mesh.centre,
-        M_crop_img=np.stack(affines),
+        M_crop_img=np.stack([box.affine() for box in boxes]),
         K=TEMPLATE_K.copy(),
         descriptors=np.concatenate(descriptors),
         extents=mesh.extents,
@@ -392,7 +419,7 @@ def _read_entry(path: Path, recipe: dict[str, str]) -> TemplateBank:
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         differing = [name for name in recipe if about["recipe"].get(name) != recipe[name]]
         if differing:
-            raise CacheError(f"the cached bank {path} is stale ({', '.join(differing)} changed): rebuilding")
+            raise CacheError(f"the cached bank {path} is stale: {', '.join(differing)} changed; rebuilding")
         if metadata["checksum"] != _checksum(arrays, metadata["about"]):
             raise CacheError(f"the cached bank {path} is damaged (wrong checksum): rebuilding")
         return TemplateBank(
@@ -406,10 +433,8 @@ def _read_entry(path: Path, recipe: dict[str, str]) -> TemplateBank:
 
 
 def _write_entry(path: Path, bank: TemplateBank, recipe: dict[str, str]) -> None:
-    """Write atomically: a reader sees the old entry or the whole new one, also after a crash or a power cut."""
-    for leftover in path.parent.glob(
-        f".{path.name}.*.partial"
-    ):  # of processes that were killed: we hold the lock
+    """Write atomically, under the lock: readers see the old entry or the whole new one, whatever crashes."""
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of processes that were killed
         leftover.unlink(missing_ok=True)
     about = json.dumps(
         {
