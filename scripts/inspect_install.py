@@ -41,7 +41,7 @@ def main() -> None:
     for file in ("picopose", "picopose_node"):
         expect(os.access(executables / file, os.X_OK), f"{executables / file} is no executable")
     shown = subprocess.run([executables / "picopose", "--help"], stdout=subprocess.PIPE, text=True)
-    expect(shown.returncode == 0 and "onboard" in shown.stdout, "`picopose --help` does not list its commands")
+    expect(shown.returncode == 0 and "onboard" in shown.stdout, "`picopose --help` lists no commands")
     print("colcon install: messages, modules, launch file, configuration and executables are in place")
 
 
