@@ -1,0 +1,133 @@
+"""A network that knows the answer: the estimator's other parts are judged by what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb, mask_background
+from picopose_ros.geometry.poses import rotation_angle_deg
+from picopose_ros.model import PRESETS, Features, Refinement
+from picopose_ros.model.network import OffsetLevel
+from picopose_ros.segmentation import Segment
+from picopose_ros.templates.bank import TemplateBank
+
+CELLS = 64
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object in the picture: its bank, true pose T_cam_obj (4, 4) and segment."""
+
+    bank: TemplateBank
+    T_cam_obj: np.ndarray
+    segment: Segment
+
+
+class OracleModel(nn.Module):
+    """Says what a perfect PicoPose would say about crops of one picture.
+
+    It recognises the crops of pictures it was shown and of banks it knows by their pixels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PRESETS["tiny"]
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.queries: dict[bytes, Placed] = {}
+        self.templates: dict[bytes, tuple[TemplateBank, int]] = {}
+        self.frames: dict[bytes, np.ndarray] = {}
+        self.camera: CameraModel | None = None
+        self.uncertain: set[tuple[str, int]] = set()
+        self.scrambled = False
+        self.encoded: list[int] = []
+
+    def show(self, rgb: np.ndarray, camera: CameraModel, placed: Sequence[Placed]) -> list[Segment]:
+        """Learn the answer for one picture; returns its segments."""
+        self.camera = camera
+        for one in placed:
+            box = crop_box_from_mask(one.segment.mask)
+            crop = mask_background(crop_rgb(rgb, box), crop_mask(one.segment.mask, box))
+            self.queries[crop.tobytes()] = one
+            self.frames[crop.tobytes()] = box.affine().astype(np.float64)
+        return [one.segment for one in placed]
+
+    def know(self, bank: TemplateBank) -> None:
+        """Learn the templates of a bank."""
+        for index, crop in enumerate(bank.crops(range(len(bank)))):
+            self.templates[crop.numpy().tobytes()] = (bank, index)
+
+    def encode(self, rgb: Tensor) -> Features:
+        self.encoded.append(len(rgb))
+        return Features((rgb,), torch.zeros(len(rgb), 4, 256))
+
+    def _which(self, features: Features) -> list[bytes]:
+        return [crop.numpy().tobytes() for crop in features.taps[0]]
+
+    def match(self, descriptors: Tensor, masks: Tensor, bank: Tensor, bank_masks: Tensor) -> Tensor:
+        """Minus the angle to the true pose, for the queries in the order of their masks."""
+        rows = []
+        for mask in masks:
+            placed = next(
+                p
+                for p in self.queries.values()
+                if np.array_equal(crop_mask(p.segment.mask, crop_box_from_mask(p.segment.mask)), mask.numpy())
+            )
+            true = placed.T_cam_obj[:3, :3]
+            rows.append([1 - rotation_angle_deg(T[:3, :3], true) / 180 for T in placed.bank.T_cam_ctr])
+        return torch.tensor(rows)
+
+    def regress(
+        self, query: Features, template: Features, query_mask: Tensor, template_mask: Tensor, centre: Tensor
+    ) -> Refinement:
+        affines, flows, certainties = [], [], []
+        for q, t in zip(self._which(query), self._which(template)):
+            placed, M_query = self.queries[q], self.frames[q]
+            bank, index = self.templates[t]
+            assert bank is placed.bank, "a query was paired with another object's template"
+            points = bank.points_consistent[index].astype(np.float64)
+            T_cam_tpl = bank.T_cam_ctr[index].astype(np.float64)
+            T_cam_ctr = placed.T_cam_obj @ np.linalg.inv(bank.T_ctr_obj)
+            in_query = (points - T_cam_tpl[:3, 3]) @ T_cam_tpl[:3, :3] @ T_cam_ctr[:3, :3].T + T_cam_ctr[
+                :3, 3
+            ]
+            on_object = points[..., 2] > 0
+            uv = self.camera.project(np.where(on_object[..., None], in_query, [0, 0, 1]).reshape(-1, 3))
+            crop_px = (uv @ M_query[:2, :2].T + M_query[:2, 2]).reshape(CELLS, CELLS, 2)
+            grid = np.stack(np.meshgrid(np.arange(CELLS), np.arange(CELLS)), -1)
+            flow = (crop_px - 0.5) / 3.5 - grid
+            if self.scrambled:
+                flow = np.random.default_rng(index).uniform(-20, 20, flow.shape)
+            certainty = np.where(on_object, 5.0, -5.0)
+            if (bank.class_id, index) in self.uncertain:
+                lucky = np.zeros((CELLS, CELLS), bool)
+                ys, xs = np.nonzero(on_object)
+                some = np.random.default_rng(0).permutation(len(ys))[:5]
+                lucky[ys[some], xs[some]] = True
+                certainty = np.where(lucky, 5.0, -5.0)
+            affines.append(self._affine(placed, bank, index, M_query))
+            flows.append(flow.transpose(2, 0, 1))
+            certainties.append(certainty[None])
+        empty = torch.zeros(0)
+        unused = dict.fromkeys((field.name for field in fields(OffsetLevel)), empty)
+        answer = {"flow": torch.tensor(np.stack(flows)), "certainty": torch.tensor(np.stack(certainties))}
+        level = OffsetLevel(**{**unused, **answer})
+        return Refinement(empty, empty, empty, empty, torch.from_numpy(np.stack(affines)), [level])
+
+    def _affine(self, placed: Placed, bank: TemplateBank, index: int, M_query: np.ndarray) -> np.ndarray:
+        """The true scale and place, no turn: template crop px -> query crop px."""
+        T_tpl, T_ctr = bank.T_cam_ctr[index], placed.T_cam_obj @ np.linalg.inv(bank.T_ctr_obj)
+        M_template = bank.M_crop_img[index]
+        scale = (
+            T_tpl[2, 3] / T_ctr[2, 3] * self.camera.K[0, 0] / bank.K[0, 0] * M_query[0, 0] / M_template[0, 0]
+        )
+        uv = self.camera.project(T_ctr[None, :3, 3])[0]
+        target = M_query[:2, :2] @ uv + M_query[:2, 2]
+        M = np.diag([scale, scale, 1.0])
+        M[:2, 2] = target - scale * bank.centres[index]
+        return M
