@@ -18,6 +18,12 @@ LENSES = {
     "rational_polynomial": (0.45, 0.05, 0.0003, -0.0002, 0.004, 0.8, 0.12, 0.01),
     "equidistant": (-0.03, 0.01, -0.004, 0.0008),
 }
+MORE = [
+    ("plumb_bob", (-0.2, 0.05, 0.001, 0.002)),
+    ("rational_polynomial", (*LENSES["rational_polynomial"], 0.002, -0.001, 0.003, 0.0005)),
+    ("rational_polynomial", (*LENSES["rational_polynomial"], 0.002, -0.001, 0.003, 0.0005, 0.02, -0.01)),
+]
+"""Shorter and longer lists of coefficients: thin prism, tilted sensor."""
 
 
 def camera(model: str) -> CameraModel:
@@ -43,6 +49,17 @@ def test_project_agrees_with_opencv(model):
             points, np.zeros(3), np.zeros(3), K, np.array(LENSES[model] or (0, 0, 0, 0.0))
         )
     np.testing.assert_allclose(camera(model).project(points), expected.reshape(-1, 2), atol=1e-9)
+
+
+@pytest.mark.parametrize(("model", "D"), MORE, ids=lambda v: str(len(v)))
+def test_all_numbers_of_coefficients_agree_with_opencv(model, D):
+    points = directions()
+    lens = CameraModel(K, 640, 480, model, D)
+    lens.validate()
+    expected, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), K, np.array(D))
+    np.testing.assert_allclose(lens.project(points), expected.reshape(-1, 2), atol=1e-9)
+    straight = lens.undistort_points(expected.reshape(-1, 2))
+    np.testing.assert_allclose(straight, (points / points[:, 2:])[:, :2] @ K[:2, :2].T + K[:2, 2], atol=1e-5)
 
 
 @pytest.mark.parametrize("model", LENSES)

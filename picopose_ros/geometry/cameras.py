@@ -22,6 +22,7 @@ _COEFFICIENTS = {
 }
 
 _NEWTON_STEPS = 30
+_EXACT_PX = 1e-7
 _CONVERGED_PX = 1e-3
 
 
@@ -114,19 +115,20 @@ class CameraModel:
             # The image radius is about the angle, which is what the start must undo for wide angles.
             angle = np.linalg.norm(xy, axis=1, keepdims=True)
             xy = xy * np.where(angle > 1e-9, np.tan(np.minimum(angle, 1.5)) / np.maximum(angle, 1e-9), 1.0)
+        active = np.arange(len(uv))
         with np.errstate(all="ignore"):
             for _ in range(_NEWTON_STEPS):
-                error = self._distort(xy) - uv
-                dx, dy, det = self._derivatives(xy)
-                if not (np.abs(error) > 1e-9).any():
+                error = self._distort(xy[active]) - uv[active]
+                far = np.abs(error).max(1) > _EXACT_PX
+                active, error = active[far], error[far]
+                if not len(active):
                     break
-                xy = xy - np.stack(
-                    [
-                        (dy[:, 1] * error[:, 0] - dy[:, 0] * error[:, 1]) / det,
-                        (dx[:, 0] * error[:, 1] - dx[:, 1] * error[:, 0]) / det,
-                    ],
-                    -1,
-                )
+                dx, dy, det = self._derivatives(xy[active])
+                step = [
+                    dy[:, 1] * error[:, 0] - dy[:, 0] * error[:, 1],
+                    dx[:, 0] * error[:, 1] - dx[:, 1] * error[:, 0],
+                ]
+                xy[active] -= np.stack(step, -1) / det[:, None]
             _, _, det = self._derivatives(xy)
             # A polynomial folds back outside the calibrated image: a solution there, or on the far side of
             # the axis, reproduces the pixel but isn't where the light came from.
@@ -146,13 +148,30 @@ class CameraModel:
         """Normalised image points (n, 2) at depth 1 -> pixels (n, 2)."""
         if not self.distorted or len(xy) == 0:
             return xy @ self.K[:2, :2].T + self.K[:2, 2]
-        D = np.array(self.D)
+        x, y = xy.T
+        r2 = x * x + y * y
         if self.distortion_model == "equidistant":
-            pixels = cv2.fisheye.distortPoints(xy.reshape(-1, 1, 2), self.K, D)
-        else:
+            r = np.sqrt(r2)
+            theta = np.arctan(r)
+            k1, k2, k3, k4 = self.D
+            t2 = theta * theta
+            bent = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4))))
+            factor = np.where(r > 1e-8, bent / np.maximum(r, 1e-8), 1.0)
+            distorted = xy * factor[:, None]
+        elif len(self.D) == 14 and any(self.D[12:]):  # a tilted sensor: rare enough to leave to OpenCV
             points = np.concatenate([xy, np.ones((len(xy), 1))], 1)
-            pixels, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), self.K, D)
-        return pixels.reshape(-1, 2)
+            return cv2.projectPoints(points, np.zeros(3), np.zeros(3), self.K, np.array(self.D))[0][:, 0]
+        else:
+            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*self.D, *(0.0,) * 12)[:12]
+            radial = (1 + r2 * (k1 + r2 * (k2 + r2 * k3))) / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
+            distorted = np.stack(
+                [
+                    x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x) + r2 * (s1 + r2 * s2),
+                    y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y + r2 * (s3 + r2 * s4),
+                ],
+                -1,
+            )
+        return distorted @ self.K[:2, :2].T + self.K[:2, 2]
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> CameraModel:
