@@ -1,4 +1,4 @@
-"""The network, filled with the fixture's deterministic weights, reproduces the released network's intermediates."""
+"""Filled with the fixture's deterministic weights, the network reproduces the released intermediates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class Run:
     def _regress(self, model: PicoPose, k: int) -> Refinement:
         ids = self.ids[:, k]
         template = self.templates.select(ids)
-        return model.regress(self.queries, template, self.query_mask, self.template_mask[ids], self.centre[ids])
+        return model.regress(
+            self.queries, template, self.query_mask, self.template_mask[ids], self.centre[ids]
+        )
 
 
 @pytest.fixture(scope="module")

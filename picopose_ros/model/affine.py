@@ -42,7 +42,12 @@ def soft_correspondence_map(
     axis = (torch.arange(side, device=query.device, dtype=torch.float32) + 0.5) * 2 / side - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     position = probability @ torch.stack([x.flatten(), y.flatten()], 1)
-    parts = [4 * probability, position, probability.amax(2, keepdim=True), template_mask.flatten(1)[:, :, None]]
+    parts = [
+        4 * probability,
+        position,
+        probability.amax(2, keepdim=True),
+        template_mask.flatten(1)[:, :, None],
+    ]
     return torch.cat(parts, 2).transpose(1, 2).unflatten(2, (side, side))
 
 

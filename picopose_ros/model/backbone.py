@@ -51,7 +51,7 @@ class HybridBackbone(nn.Module):
         narrow, wide = config.stem_dims
         dim = config.embed_dim
         self.input_size = config.input_size
-        self.stem = nn.Sequential(conv(3, narrow, 7, stride=3), basic(narrow, narrow))
+        self.stem = nn.Sequential(conv(3, narrow, 7, stride=3, padding=3), basic(narrow, narrow))
         self.middle = nn.Sequential(conv(narrow, wide, 3, stride=2), basic(wide, wide))
         self.patch = conv(wide, dim, 3, stride=2)
         self.pos_embed = nn.Parameter(torch.randn(1, GRIDS[0] ** 2, dim) * 0.02)

@@ -26,31 +26,34 @@ _DEAD = re.compile(
     r"|offset_regressor\.dpt_head\.(projects\.0\.|resize_layers\.0\.)"
     r"|offset_regressor\.dpt_head\.scratch\.(layer1_rn|refinenet1|refinenet4\.resConfUnit1|output_conv\d)\.?)"
 )
+_DPT, _SCRATCH = r"^offset_regressor\.dpt_head\.", r"^offset_regressor\.dpt_head\.scratch\."
+_FLOW = r"^offset_regressor\.flow_decoder\."
+_BLOCK = r"offsets.blocks.\1."
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^feature_extractor\.dinov2\.", "backbone.vit."),
     (r"^affine_regressor\.(translation|scale|inplane)_predictor\.", r"affine.\1."),
     (r"^affine_regressor\.", "affine."),
-    (r"^offset_regressor\.dpt_head\.projects\.1\.", "pyramid.project.0."),
-    (r"^offset_regressor\.dpt_head\.projects\.2\.", "pyramid.project.1."),
-    (r"^offset_regressor\.dpt_head\.projects\.3\.", "pyramid.project.2."),
-    (r"^offset_regressor\.dpt_head\.resize_layers\.1\.", "pyramid.resize.0."),
-    (r"^offset_regressor\.dpt_head\.resize_layers\.3\.", "pyramid.resize.2."),
-    (r"^offset_regressor\.dpt_head\.scratch\.layer2_rn\.", "pyramid.reduce.0."),
-    (r"^offset_regressor\.dpt_head\.scratch\.layer3_rn\.", "pyramid.reduce.1."),
-    (r"^offset_regressor\.dpt_head\.scratch\.layer4_rn\.", "pyramid.reduce.2."),
-    (r"^offset_regressor\.dpt_head\.scratch\.refinenet4\.", "pyramid.fuse.0."),
-    (r"^offset_regressor\.dpt_head\.scratch\.refinenet3\.", "pyramid.fuse.1."),
-    (r"^offset_regressor\.dpt_head\.scratch\.refinenet2\.", "pyramid.fuse.2."),
+    (_DPT + r"projects\.1\.", "pyramid.project.0."),
+    (_DPT + r"projects\.2\.", "pyramid.project.1."),
+    (_DPT + r"projects\.3\.", "pyramid.project.2."),
+    (_DPT + r"resize_layers\.1\.", "pyramid.resize.0."),
+    (_DPT + r"resize_layers\.3\.", "pyramid.resize.2."),
+    (_SCRATCH + r"layer2_rn\.", "pyramid.reduce.0."),
+    (_SCRATCH + r"layer3_rn\.", "pyramid.reduce.1."),
+    (_SCRATCH + r"layer4_rn\.", "pyramid.reduce.2."),
+    (_SCRATCH + r"refinenet4\.", "pyramid.fuse.0."),
+    (_SCRATCH + r"refinenet3\.", "pyramid.fuse.1."),
+    (_SCRATCH + r"refinenet2\.", "pyramid.fuse.2."),
     (r"(pyramid\.fuse\.\d)\.resConfUnit1\.", r"\1.skip_unit."),
     (r"(pyramid\.fuse\.\d)\.resConfUnit2\.", r"\1.unit."),
-    (r"^offset_regressor\.flow_decoder\.proj\.(\d)\.", r"offsets.blocks.\1.proj."),
-    (r"^offset_regressor\.flow_decoder\.encoder\.(\d)\.(corr|flow)_net\.(\d)\.conv\.", r"offsets.blocks.\1.encoder.\2.\3."),
-    (r"^offset_regressor\.flow_decoder\.encoder\.(\d)\.out_net\.0\.conv\.", r"offsets.blocks.\1.encoder.out."),
-    (r"^offset_regressor\.flow_decoder\.flow_pred\.(\d)\.layers\.(\d)\.conv\.", r"offsets.blocks.\1.flow_head.layers.\2."),
-    (r"^offset_regressor\.flow_decoder\.flow_pred\.(\d)\.predict_layer\.", r"offsets.blocks.\1.flow_head.predict."),
-    (r"^offset_regressor\.flow_decoder\.mask_pred\.(\d)\.layers\.(\d)\.conv\.", r"offsets.blocks.\1.certainty_head.layers.\2."),
-    (r"^offset_regressor\.flow_decoder\.mask_pred\.(\d)\.predict_layer\.", r"offsets.blocks.\1.certainty_head.predict."),
-)  # fmt: skip
+    (_FLOW + r"proj\.(\d)\.", _BLOCK + "proj."),
+    (_FLOW + r"encoder\.(\d)\.(corr|flow)_net\.(\d)\.conv\.", _BLOCK + r"encoder.\2.\3."),
+    (_FLOW + r"encoder\.(\d)\.out_net\.0\.conv\.", _BLOCK + "encoder.out."),
+    (_FLOW + r"flow_pred\.(\d)\.layers\.(\d)\.conv\.", _BLOCK + r"flow_head.layers.\2."),
+    (_FLOW + r"flow_pred\.(\d)\.predict_layer\.", _BLOCK + "flow_head.predict."),
+    (_FLOW + r"mask_pred\.(\d)\.layers\.(\d)\.conv\.", _BLOCK + r"certainty_head.layers.\2."),
+    (_FLOW + r"mask_pred\.(\d)\.predict_layer\.", _BLOCK + "certainty_head.predict."),
+)
 
 
 def resample_pos_embed(pos_embed: Tensor, side: int = 16) -> Tensor:
@@ -106,7 +109,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"weights file {path} is a torch checkpoint that holds more than tensors or is truncated, and "
+                f"weights file {path} is a torch checkpoint that is truncated or holds more than tensors, and "
                 f"is not unpickled for safety ({type(error).__name__}); convert it to .safetensors first"
             ) from error
         state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -115,7 +118,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return state, {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"weights file {path} is not a complete .safetensors file ({error}); download or convert it again"
@@ -135,8 +138,8 @@ def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
     if missing or extra or shapes:
         listed = [f"missing {k}" for k in missing] + [f"unknown {k}" for k in extra] + shapes
         raise CheckpointError(
-            f"weights file {source} does not fit preset '{model.config.name}': {len(missing)} missing, {len(extra)} "
-            f"unknown and {len(shapes)} misshapen tensors (first: {'; '.join(listed[:3])}); "
+            f"weights file {source} does not fit preset '{model.config.name}': {len(missing)} missing, "
+            f"{len(extra)} unknown and {len(shapes)} misshapen tensors (first: {'; '.join(listed[:3])}); "
             "check the preset parameter"
         )
     model.load_state_dict(state, strict=False)
@@ -159,7 +162,7 @@ def load_model(
         path = WEIGHTS_DIR / f"{preset_name}.safetensors"
         if not path.is_file():
             raise CheckpointError(
-                f"preset '{preset_name}' has no packaged weights; set the weights parameter to a checkpoint file"
+                f"preset '{preset_name}' has no packaged weights; give a checkpoint file as weights"
             )
     else:
         path = Path(weights).expanduser()
@@ -175,11 +178,14 @@ def load_model(
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.num_batches_tracked.zero_()
-    _fit(model, {k: v.float() if v.is_floating_point() else v for k, v in convert_released(state).items()}, path)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in convert_released(state).items()}
+    _fit(model, state, path)
     return model.to(device).eval()
 
 
-def save_model(model: PicoPose, path: str | Path, half: bool = False, metadata: dict[str, str] | None = None) -> None:
+def save_model(
+    model: PicoPose, path: str | Path, half: bool = False, metadata: dict[str, str] | None = None
+) -> None:
     """Write weights atomically as safetensors, in fp16 where `half`."""
     path = Path(path)
     state = {}
@@ -204,5 +210,3 @@ def model_fingerprint(model: PicoPose) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-

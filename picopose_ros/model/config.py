@@ -94,6 +94,9 @@ class OffsetConfig:
     motion_dims: tuple[int, int, int, int, int]
     """Widths of the motion encoder: correlation 1x1 and 3x3, flow 7x7 and 3x3, joint output."""
     head_dims: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    half_pixel: bool
+    """Cells are areas: look up and upsample with half-pixel centres, so that the flow of a linear motion
+    stays exact from grid to grid. False: the released network's corner alignment."""
     detach: bool
     """In training, no gradient from one grid's input to the grid before it."""
 
@@ -137,6 +140,7 @@ def _released(name: str, timm_name: str, dim: int, taps: tuple[int, int, int]) -
             cosine=False,
             motion_dims=(256, 192, 128, 64, 126),
             head_dims=((512, 256), (512, 256), (512, 256)),
+            half_pixel=False,
             detach=False,
         ),
     )
@@ -160,6 +164,7 @@ PRESETS: dict[str, ModelConfig] = {
             cosine=True,
             motion_dims=(64, 48, 24, 16, 46),
             head_dims=((96, 96), (64, 64), (40, 40)),
+            half_pixel=True,
             detach=True,
         ),
         match_dim=128,

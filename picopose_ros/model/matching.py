@@ -27,7 +27,8 @@ def match_scores_released(query: Tensor, query_mask: Tensor, bank: Tensor) -> Te
     match at patch 0 counts as none. Template masks play no part.
 
     Args:
-        query: (C, 256) unit vectors of one crop. query_mask: (256,) in {0, 1}. bank: (N, C, 256) unit vectors.
+        query: (C, 256) unit vectors of one crop. query_mask: (256,) in {0, 1}.
+        bank: (N, C, 256) unit vectors.
     Returns:
         (N,) scores.
     """

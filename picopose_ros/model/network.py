@@ -153,7 +153,5 @@ class PicoPose(nn.Module):
         )
         translation, scale, cos_sin = self.affine(correspondence)
         affine = compose_affine(translation, scale, cos_sin, template_centre)
-        levels = self.refine(
-            self.pyramid(query.taps), self.pyramid(template.taps), affine, template_patches
-        )
+        levels = self.refine(self.pyramid(query.taps), self.pyramid(template.taps), affine, template_patches)
         return Refinement(correspondence, translation, scale, cos_sin, affine, levels)

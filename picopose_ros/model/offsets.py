@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from picopose_ros.model.config import OffsetConfig
+from picopose_ros.model.config import CROP_SIZE, GRIDS, OffsetConfig
 
 
 @dataclass
@@ -174,6 +174,8 @@ class OffsetBlock(nn.Module):
         self.levels = config.levels[level]
         self.lookup = _LOOKUP[config.lookup[level]]
         self.cosine = config.cosine
+        # A flow of a labelled pair is (crop px - 0.5) / cell - index; cell centres sit half a cell on.
+        self.shift = GRIDS[level] / CROP_SIZE - 0.5 if config.half_pixel else 0.0
         self.proj = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.BatchNorm2d(dim))
         if config.cosine:
             self.log_gain = nn.Parameter(torch.tensor(1.0))
@@ -189,7 +191,7 @@ class OffsetBlock(nn.Module):
             corr_t, corr_q = gain * F.normalize(template.float(), dim=1), F.normalize(query.float(), dim=1)
         else:
             corr_t, corr_q = template / math.sqrt(template.shape[1]), query
-        position = grid_positions(flow.shape[-1], flow) + flow
+        position = grid_positions(flow.shape[-1], flow) + flow + self.shift
         correlation = self.lookup(corr_t, corr_q, position, self.radius, self.levels)
         motion = self.encoder(correlation, flow)
         warped = sample_at(query, position.to(query.dtype))
@@ -209,8 +211,8 @@ class OffsetBlock(nn.Module):
         )
 
 
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+def _double(x: Tensor, half_pixel: bool) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=not half_pixel)
 
 
 class OffsetRegressor(nn.Module):
@@ -219,6 +221,7 @@ class OffsetRegressor(nn.Module):
     def __init__(self, widths: tuple[int, int, int], config: OffsetConfig) -> None:
         super().__init__()
         self.detach = config.detach
+        self.half_pixel = config.half_pixel
         self.blocks = nn.ModuleList([OffsetBlock(width, config, level) for level, width in enumerate(widths)])
 
     def forward(
@@ -233,7 +236,8 @@ class OffsetRegressor(nn.Module):
         levels: list[OffsetLevel] = []
         for block, t, q in zip(self.blocks, template, query, strict=True):
             if levels:
-                flow, certainty = 2 * _double(levels[-1].flow), _double(levels[-1].certainty)
+                flow = 2 * _double(levels[-1].flow, self.half_pixel) - 0.5 * self.half_pixel
+                certainty = _double(levels[-1].certainty, self.half_pixel)
                 if self.detach:
                     flow, certainty = flow.detach(), certainty.detach()
             levels.append(block(t, q, flow, certainty))
