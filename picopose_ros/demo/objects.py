@@ -37,7 +37,9 @@ def _image(colour: tuple[int, int, int], width: int, height: int) -> np.ndarray:
     return np.full((height, width, 3), colour, np.uint8)
 
 
-def _text(image: np.ndarray, text: str, at: tuple[int, int], scale: float, colour: tuple[int, int, int]) -> None:
+def _text(
+    image: np.ndarray, text: str, at: tuple[int, int], scale: float, colour: tuple[int, int, int]
+) -> None:
     cv2.putText(image, text, at, FONT, scale, colour, max(1, round(2 * scale)), cv2.LINE_AA)
 
 
@@ -164,7 +166,9 @@ def drill() -> list[trimesh.Trimesh]:
 
     battery = superquadric_mesh(np.array([0.052, 0.033, 0.022]), 0.15, 0.2)
     battery.apply_translation([-0.028, 0, 0.022])
-    label = _panel(black, [("18V", yellow), ("Li-ion", (230, 230, 230)), ("4.0Ah", yellow), ("18V", (200, 60, 40))])
+    label = _panel(
+        black, [("18V", yellow), ("Li-ion", (230, 230, 230)), ("4.0Ah", yellow), ("18V", (200, 60, 40))]
+    )
     parts.append(project_box(battery, label, rng, 0.16, False))
     return parts
 

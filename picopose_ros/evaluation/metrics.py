@@ -46,7 +46,7 @@ def add_or_add_s(points: np.ndarray, estimate: np.ndarray, truth: np.ndarray, sy
 
 
 def mssd(points: np.ndarray, estimate: np.ndarray, truth: np.ndarray, symmetries: np.ndarray) -> float:
-    """Largest symmetry-aware surface distance (BOP 2019), metres; ``symmetries`` (S, 4, 4) hold the identity."""
+    """Largest symmetry-aware surface distance (BOP 2019), metres; ``symmetries`` (S, 4, 4) with identity."""
     moved = transform_points(estimate, points)
     return min(
         float(np.linalg.norm(moved - transform_points(truth @ s, points), axis=1).max()) for s in symmetries

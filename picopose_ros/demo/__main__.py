@@ -1,0 +1,46 @@
+"""``python -m picopose_ros.demo``: from a mesh folder and a recording to poses, over real ROS topics."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from picopose_ros.bags import STORAGES
+from picopose_ros.errors import PicoPoseError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; returns 0, 1 if no object was found at all, 2 if something could not run."""
+    parser = argparse.ArgumentParser(prog="python -m picopose_ros.demo", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/demo"), help="folder for everything it writes"
+    )
+    parser.add_argument("--frames", type=int, default=60, help="images of the camera's path")
+    parser.add_argument("--seed", type=int, default=7, help="of the world's clutter and noise")
+    parser.add_argument("--storage", choices=tuple(STORAGES), default="mcap", help="of the bags")
+    parser.add_argument("--hypotheses", type=int, default=5, help="templates that the node tries per segment")
+    args = parser.parse_args(argv)
+    try:
+        from picopose_ros.demo.run import run_demo
+    except ImportError as error:
+        print(
+            f"demo: ROS is not there ({error}): run `make setup` or source a ROS 2 workspace", file=sys.stderr
+        )
+        return 2
+    try:
+        report = run_demo(
+            args.out, args.frames, args.seed, args.storage, ["-p", f"hypotheses:={args.hypotheses}"]
+        )
+    except PicoPoseError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    found = sum(row.detected for row in report.rows if row.seen_in_training is not None)
+    if not found:
+        print("demo: no object was found in any frame", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Compare the poses in a recording with the true ones beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from picopose_ros import bags
+from picopose_ros.demo.world import TRUTH_PREFIX
+from picopose_ros.errors import BagError
+from picopose_ros.evaluation.metrics import PoseErrors, match_by_position, pose_errors
+from picopose_ros.templates.meshes import ObjectMesh
+
+MOST_POINTS = 2000
+LEAST_VISIBLE = 0.1
+"""An instance that is hidden more than this leaves is not asked for, as in BOP."""
+
+
+@dataclass(frozen=True)
+class Detected:
+    """One pose of a recording."""
+
+    class_id: str
+    name: str  # of the instance
+    score: float
+    T_cam_obj: np.ndarray  # (4, 4)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Poses of a recording by image stamp (ns)."""
+
+    truth: dict[int, dict[str, np.ndarray]]  # instance name -> T_cam_obj (4, 4)
+    detections: dict[int, list[Detected]]
+    transforms: dict[int, set[str]]  # TF frames that were published beside the truth's
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one class, or of several together."""
+
+    name: str
+    instances: int  # instance-frames that were visible
+    detected: int  # of them with a pose of their class
+    recall: float  # share with ADD(-S) below a tenth of the diameter; a missing pose counts as wrong
+    rotation_deg: float | None  # median over the detected
+    translation_mm: float | None  # median over the detected
+    visible: float  # mean visible share
+    seen_in_training: bool | None = None  # None for rows over several classes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Tally:
+    visible: list[float] = field(default_factory=list)
+    errors: list[PoseErrors | None] = field(default_factory=list)
+
+    def row(self, name: str, seen: bool | None = None) -> Row:
+        found = [error for error in self.errors if error is not None]
+        return Row(
+            name=name,
+            instances=len(self.errors),
+            detected=len(found),
+            recall=sum(error.correct for error in found) / max(len(self.errors), 1),
+            rotation_deg=float(np.median([error.rotation_deg for error in found])) if found else None,
+            translation_mm=float(1e3 * np.median([error.translation for error in found])) if found else None,
+            visible=float(np.mean(self.visible)) if self.visible else 0.0,
+            seen_in_training=seen,
+        )
+
+
+def read_recording(path: str | Path, detections_topic: str = "/detections") -> Recording:
+    """Read truth and answers from a bag.
+
+    Raises:
+        BagError: the bag can't be read or holds no true poses.
+    """
+    recording = Recording({}, {}, {})
+    with bags.BagReader(path) as reader:
+        for connection, _, message in reader.messages(["/tf", detections_topic]):
+            if connection.topic == "/tf":
+                for transform in message.transforms:
+                    stamp, child = bags.stamp_of(transform), transform.child_frame_id
+                    if child.startswith(TRUTH_PREFIX):
+                        T = bags.matrix_from(transform.transform.translation, transform.transform.rotation)
+                        recording.truth.setdefault(stamp, {})[child.removeprefix(TRUTH_PREFIX)] = T
+                    else:
+                        recording.transforms.setdefault(stamp, set()).add(child)
+                continue
+            recording.detections[bags.stamp_of(message)] = [
+                Detected(
+                    detection.results[0].hypothesis.class_id,
+                    detection.id,
+                    detection.results[0].hypothesis.score,
+                    bags.matrix_from(
+                        detection.results[0].pose.pose.position, detection.results[0].pose.pose.orientation
+                    ),
+                )
+                for detection in message.detections
+            ]
+    if not recording.truth:
+        raise BagError(f"bag {path} holds no true poses: /tf has no frame under {TRUTH_PREFIX}")
+    return recording
+
+
+def class_of(instance: str) -> str:
+    """Class of an instance's name ``<class>_<n>``."""
+    return instance.rsplit("_", 1)[0]
+
+
+def compare(
+    recording: Recording,
+    meshes: Mapping[str, ObjectMesh],
+    visible: Sequence[Mapping[str, float]] | None = None,
+    seen: Mapping[str, bool] | None = None,
+) -> list[Row]:
+    """Figures per class, then over what training saw, what it did not see, and all.
+
+    Args:
+        recording: see :func:`read_recording`.
+        meshes: by class id.
+        visible: per frame in stamp order: instance name -> visible share; all are asked for if None.
+        seen: class id -> whether training may have seen it; leaves out the rows over groups if None.
+    """
+    tallies = {class_id: _Tally() for class_id in sorted(meshes)}
+    points = {name: _surface_points(mesh) for name, mesh in meshes.items()}
+    symmetries = {name: mesh.spec.symmetries.transforms() for name, mesh in meshes.items()}
+    for index, (stamp, truth) in enumerate(sorted(recording.truth.items())):
+        detections = recording.detections.get(stamp, [])
+        for class_id, tally in tallies.items():
+            names = [name for name in truth if class_of(name) == class_id]
+            shares = {name: 1.0 if visible is None else visible[index].get(name, 0.0) for name in names}
+            found = [d.T_cam_obj for d in detections if d.class_id == class_id]
+            matched = match_by_position(found, [truth[name] for name in names])
+            for name, estimate in zip(names, matched, strict=True):
+                if shares[name] < LEAST_VISIBLE:
+                    continue
+                tally.visible.append(shares[name])
+                if estimate is None:
+                    tally.errors.append(None)
+                    continue
+                diameter = meshes[class_id].diameter
+                T = found[estimate]
+                tally.errors.append(
+                    pose_errors(points[class_id], diameter, T, truth[name], symmetries[class_id])
+                )
+    rows = [tally.row(name, None if seen is None else seen.get(name)) for name, tally in tallies.items()]
+    groups = {"all objects": lambda name: True}
+    if seen is not None:
+        groups = {
+            "seen in training": lambda name: bool(seen.get(name)),
+            "never seen": lambda name: not seen.get(name),
+            **groups,
+        }
+    for title, belongs in groups.items():
+        total = _Tally()
+        for name, tally in tallies.items():
+            if belongs(name):
+                total.visible += tally.visible
+                total.errors += tally.errors
+        rows.append(total.row(title))
+    return rows
+
+
+def _surface_points(mesh: ObjectMesh) -> np.ndarray:
+    vertices = np.unique(np.round(mesh.vertices, 7), axis=0)
+    if len(vertices) <= MOST_POINTS:
+        return vertices
+    return vertices[np.random.default_rng(0).choice(len(vertices), MOST_POINTS, replace=False)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text for a terminal."""
+    head = f"{'object':<18}{'seen':>6}{'frames':>8}{'found':>7}{'visible':>9}"
+    head += f"{'ADD<0.1d':>10}{'rot deg':>9}{'trans mm':>10}"
+    lines, rule = [head], "-" * len(head)
+    for row in rows:
+        if row.seen_in_training is None and rule not in lines:
+            lines.append(rule)
+        seen = {True: "yes", False: "no", None: ""}[row.seen_in_training]
+        rotation = "-" if row.rotation_deg is None else f"{row.rotation_deg:.1f}"
+        translation = "-" if row.translation_mm is None else f"{row.translation_mm:.1f}"
+        lines.append(
+            f"{row.name:<18}{seen:>6}{row.instances:>8}{row.detected:>7}{row.visible:>9.2f}{row.recall:>10.2f}"
+            f"{rotation:>9}{translation:>10}"
+        )
+    return "\n".join(lines)
