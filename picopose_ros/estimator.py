@@ -169,6 +169,22 @@ class _Hypothesis:
     certainty: np.ndarray
 
 
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}' doesn't exist; choose cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device '{name}' isn't there: PyTorch sees {count} CUDA devices; choose cpu")
+    return device
+
+
 class PoseEstimator:
     """Poses of the segments of an image. Not for use by two threads at once.
 
@@ -197,7 +213,7 @@ class PoseEstimator:
         """
         self.banks = dict(banks)
         self.settings = settings or EstimatorSettings()
-        self.device = torch.device(device)
+        self.device = torch_device(device)
         self.model = model.to(self.device).eval()
         self._aliases = dict(aliases or {})
         self._descriptors = {n: torch.from_numpy(b.descriptors).to(self.device) for n, b in banks.items()}
@@ -235,7 +251,7 @@ class PoseEstimator:
         from picopose_ros.templates.bank import onboard
 
         settings = EstimatorSettings(hypotheses=hypotheses)
-        model = load_model(preset, weights, device)
+        model = load_model(preset, weights, torch_device(device))
         onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {
             alias: class_id

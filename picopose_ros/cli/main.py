@@ -1,0 +1,95 @@
+"""The ``picopose`` command: one sub-command per thing to do, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        module: where it lives; has ``run(args) -> int`` (the exit status).
+        summary: one line for ``picopose --help``.
+        arguments: name of the module's function that adds arguments to a parser.
+    """
+
+    module: str
+    summary: str
+    arguments: str = "add_arguments"
+
+
+COMMANDS = {
+    "onboard": Command("picopose_ros.cli.onboard", "make the templates of a folder of meshes"),
+    "estimate": Command("picopose_ros.cli.estimate", "poses of the segments of one image"),
+    "bag": Command("picopose_ros.cli.bag", "a recording in, the same with poses out", "configure"),
+    "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        argv: arguments; those of the process if None.
+
+    Returns:
+        Exit status: 0 done, 1 done but not for everything, 2 wrong arguments or input (one line on stderr
+            says
+        what), 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="picopose",
+        description="6D poses of known objects from one image and their masks.",
+        epilog="\n".join(["commands:", *(f"  {name:<10} {c.summary}" for name, c in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "command", nargs="?", choices=tuple(COMMANDS), help="picopose COMMAND --help tells more"
+    )
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    chosen = parser.parse_args(argv)
+    if chosen.version:
+        from picopose_ros import __version__
+
+        print(f"picopose {__version__}")
+        return 0
+    if chosen.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return _run(chosen.command, chosen.rest)
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    from picopose_ros.errors import PicoPoseError
+
+    command = COMMANDS[name]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(prog=f"picopose {name}", description=command.summary.capitalize() + ".")
+    getattr(module, command.arguments)(parser)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except PicoPoseError as error:
+        print(f"picopose {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"picopose {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,33 @@
+"""``picopose onboard MESH_DIR``: make the templates of a folder of meshes ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from picopose_ros.cli.options import add_onboarding_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("meshes", metavar="MESH_DIR", type=Path, help="folder with one mesh per object")
+    add_onboarding_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Onboard and tell what became of every object; 1 if one could not be used."""
+    from picopose_ros.estimator import torch_device
+    from picopose_ros.model import load_model
+    from picopose_ros.templates.bank import onboard
+
+    device = torch_device(args.device)
+    model = load_model(args.preset, args.weights, device)
+    result = onboard(args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True)
+    width = max(len(name) for name in result.specs)
+    for name, bank in sorted(result.banks.items()):
+        size = " x ".join(f"{1000 * side:.1f}" for side in bank.extents)
+        print(f"{name:<{width}}  {len(bank)} templates  {size} mm")
+    for name, reason in sorted(result.failed.items()):
+        print(f"{name:<{width}}  left out: {reason}", file=sys.stderr)
+    return 1 if result.failed else 0
