@@ -57,13 +57,16 @@ def draw_poses(
     """
     image = np.array(rgb)
     thickness = max(1, round(min(image.shape[:2]) / 240))
+    tops = []
     for drawn in objects:
         mask = renderer.render(drawn.mesh, drawn.T_cam_obj, camera.K, camera.width, camera.height).mask
         outlines = _bent(mask, camera)
         cv2.polylines(image, outlines, True, (0, 0, 0), thickness + 2, cv2.LINE_AA)
         cv2.polylines(image, outlines, True, drawn.colour, thickness, cv2.LINE_AA)
-    for drawn in objects:  # on top of every outline
-        _draw_axes(image, camera, drawn, thickness)
+        tops.append(min((int(line[..., 1].min()) for line in outlines), default=None))
+    for drawn, top in zip(objects, tops):  # on top of every outline
+        if top is not None:
+            _draw_axes_and_label(image, camera, drawn, top, thickness)
     return image
 
 
@@ -83,7 +86,10 @@ def _pixels(camera: CameraModel, xyz: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(camera.project(xyz), -_FAR_PX, _FAR_PX)).astype(np.int32)
 
 
-def _draw_axes(image: np.ndarray, camera: CameraModel, drawn: Drawn, thickness: int) -> None:
+def _draw_axes_and_label(
+    image: np.ndarray, camera: CameraModel, drawn: Drawn, top: int, thickness: int
+) -> None:
+    """Axes from the box's centre; the label over ``top``, the outline's highest row."""
     mesh, T = drawn.mesh, np.asarray(drawn.T_cam_obj, np.float64)
     ends = np.concatenate([[mesh.centre], mesh.centre + 0.4 * mesh.diagonal * np.eye(3)])
     ends = ends @ T[:3, :3].T + T[:3, 3]
@@ -96,7 +102,7 @@ def _draw_axes(image: np.ndarray, camera: CameraModel, drawn: Drawn, thickness: 
         size = 0.22 * (thickness + 1)
         (width, height), _ = cv2.getTextSize(drawn.label, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)
         x = int(np.clip(centre[0] - width // 2, 0, max(image.shape[1] - width, 0)))
-        y = int(np.clip(centre[1] - height, height + 2, image.shape[0] - 4))
+        y = int(np.clip(top - 3 * thickness, height + 2, image.shape[0] - 4))
         for colour, weight in (((0, 0, 0), thickness + 2), ((255, 255, 255), max(1, thickness // 2))):
             cv2.putText(
                 image, drawn.label, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, colour, weight, cv2.LINE_AA
