@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection, ConnectionExtRosbag2, Qos
 from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -107,8 +107,8 @@ class BagReader:
         self._stack = ExitStack()
         try:
             self._reader = self._stack.enter_context(AnyReader([self.path], default_typestore=typestore()))
-        except (AnyReaderError, FileNotFoundError, KeyError, ValueError, OSError) as error:
-            hint = "give the folder that holds metadata.yaml"
+        except Exception as error:  # a damaged file raises anything, from AnyReaderError to struct.error
+            hint = "give the folder that holds metadata.yaml, of a recording that was ended properly"
             raise BagError(f"bag {self.path} can't be read ({error}): {hint}") from error
 
     def __enter__(self) -> BagReader:

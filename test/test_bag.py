@@ -1,0 +1,319 @@
+"""Bags without ROS: types, conversions, and ``picopose bag`` on recordings of both storages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from rosbags.typesys import get_types_from_msg
+
+from picopose_ros import bags
+from picopose_ros.cli.bag import main, process_bag
+from picopose_ros.demo.evaluate import read_recording
+from picopose_ros.demo.objects import cereal_box, drill
+from picopose_ros.errors import BagError, SegmentError
+from picopose_ros.estimator import PoseEstimator
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.model import PicoPose
+from picopose_ros.model.checkpoint import save_model
+from picopose_ros.model.config import preset
+from picopose_ros.segmentation import Segment
+from picopose_ros.templates.meshes import discover_objects, load_object
+from picopose_ros.templates.renderer import MeshRenderer
+
+ROOT = Path(__file__).parent.parent
+CAMERA = CameraModel(np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]]), 320, 240)
+FRAME = "camera"
+STEP = 100_000_000
+START = 1_700_000_000_000_000_123  # needs all of a 64-bit integer: a float would lose nanoseconds
+DELAY = 250_000_000
+CLASSES = ("cereal_box", "drill")
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("meshes")
+    for name, parts in (("cereal_box", cereal_box()), ("drill", drill())):
+        (folder / f"{name}.glb").write_bytes(trimesh.Scene(parts).export(file_type="glb"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained: what the poses are does not matter here, and no packaged weights are needed."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_model(PicoPose(preset("tiny")).eval(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def estimator(meshes: Path, weights: Path, cache: Path) -> PoseEstimator:
+    return PoseEstimator.from_mesh_dir(meshes, weights=weights, viewpoints=42, cache_dir=cache, hypotheses=1)
+
+
+@pytest.fixture(scope="module")
+def scenes(meshes: Path) -> list[tuple[np.ndarray, list[Segment]]]:
+    """Three images of both objects with their masks."""
+    objects = {spec.class_id: load_object(spec) for spec in discover_objects(meshes)}
+    images = []
+    with MeshRenderer() as renderer:
+        for index in range(3):
+            poses = {}
+            for name, x in (("cereal_box", -0.15), ("drill", 0.2)):
+                T = trimesh.transformations.euler_matrix(1.9, 0.2, 0.4 + 0.2 * index)
+                T[:3, 3] = x, -0.05, 0.9
+                poses[name] = T
+            items = [(objects[name], T) for name, T in poses.items()]
+            rgb = renderer.render_scene(items, CAMERA.K, CAMERA.width, CAMERA.height).rgb
+            segments = [
+                Segment(
+                    name, 0.8, renderer.render(objects[name], T, CAMERA.K, CAMERA.width, CAMERA.height).mask
+                )
+                for name, T in poses.items()
+            ]
+            images.append((rgb, segments))
+    return images
+
+
+def write_bag(
+    path: Path, scenes: list[tuple[np.ndarray, list[Segment]]], storage: str, damaged: int | None = None
+) -> None:
+    """Images at 10 Hz, masks later; one further segmentation whose image was never recorded."""
+    with bags.BagWriter(path, storage) as writer:
+        late = []
+        for index, (rgb, segments) in enumerate(scenes):
+            stamp = START + index * STEP
+            head = bags.header(stamp, FRAME)
+            image = bags.image_message(rgb, head)
+            if index == damaged:
+                image.data = image.data[:1000]
+            writer.write("/cam/image", bags.IMAGE, stamp, image)
+            writer.write("/cam/info", bags.CAMERA_INFO, stamp, bags.camera_message(CAMERA, head))
+            world = bags.transform_message(np.eye(4), bags.header(stamp, "world"), FRAME)
+            writer.write("/tf", bags.TF, stamp, bags.message(bags.TF, transforms=[world]))
+            late.append((stamp + DELAY, bags.segments_message(segments, head, *rgb.shape[:2])))
+        head = bags.header(START - STEP, FRAME)
+        late.append((START + 9 * STEP, bags.segments_message(scenes[0][1], head, *scenes[0][0].shape[:2])))
+        for recorded, message in late:
+            writer.write("/masks", bags.SEGMENTS, recorded, message)
+
+
+def test_definitions_are_those_of_the_interface_files() -> None:
+    for name, definition in bags.INTERFACES.items():
+        package, _, short = name.split("/")
+        folder = ROOT / "msg" if package == "picopose_ros" else ROOT / "plain_ros" / package / "msg"
+        original = get_types_from_msg((folder / f"{short}.msg").read_text(), name)
+        embedded = get_types_from_msg("\n".join(line.strip() for line in definition.splitlines()), name)
+        assert embedded == original, f"{name} in picopose_ros/bags.py differs from {folder}"
+
+
+def test_segments_survive_a_bag_message() -> None:
+    rng = np.random.default_rng(0)
+    solid = np.zeros((60, 80), bool)
+    solid[10:40, 20:70] = True
+    ragged = rng.uniform(size=(60, 80)) < 0.5
+    corner = np.zeros((60, 80), bool)
+    corner[59, 79] = True
+    segments = [
+        Segment(f"c{i}", 0.5, m) for i, m in enumerate((solid, ragged, corner, np.zeros((60, 80), bool)))
+    ]
+    message = bags.segments_message(segments, bags.header(START, FRAME), 60, 80)
+    assert [entry.encoding for entry in message.segments[:2]] == [0, 1]
+    raw = bags.typestore().serialize_cdr(message, bags.SEGMENTS)
+    back = bags.segments_from_message(bags.typestore().deserialize_cdr(raw, bags.SEGMENTS), 60, 80, "/masks")
+    assert bags.stamp_of(message) == START
+    for before, after in zip(segments, back, strict=True):
+        assert after.class_id == before.class_id
+        np.testing.assert_array_equal(after.mask, before.mask)
+
+
+def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
+    from picopose_ros.msg import SegmentArray
+    from rclpy.serialization import deserialize_message, serialize_message
+    from std_msgs.msg import Header
+    from vision_msgs.msg import Detection3D
+
+    from picopose_ros.node import conversions
+
+    mask = np.random.default_rng(1).uniform(size=(30, 50)) < 0.3
+    segments = [Segment("a", 0.25, mask), Segment("b", 0.75, np.ones((30, 50), bool))]
+    raw = bags.typestore().serialize_cdr(
+        bags.segments_message(segments, bags.header(START, FRAME), 30, 50), bags.SEGMENTS
+    )
+    received = deserialize_message(bytes(raw), SegmentArray)
+    good, _, bad = conversions.segments_from_message(received, 30, 50, "/masks")
+    assert not bad and received.header.frame_id == FRAME
+    sent = serialize_message(conversions.segments_to_message(segments, Header(frame_id="x"), 30, 50))
+    back = bags.segments_from_message(bags.typestore().deserialize_cdr(sent, bags.SEGMENTS), 30, 50, "/masks")
+    for found in (good, back):
+        for before, after in zip(segments, found, strict=True):
+            assert (after.class_id, after.score) == (before.class_id, before.score)
+            np.testing.assert_array_equal(after.mask, before.mask)
+
+    T = trimesh.transformations.euler_matrix(0.3, -1.0, 2.5)
+    T[:3, 3] = 0.1, -0.2, 0.7
+    covariance = np.arange(36.0).reshape(6, 6)
+    centre, size = np.array([0.01, 0.02, 0.03]), np.array([0.1, 0.2, 0.3])
+    detection = bags.detection_message(
+        "mug", "mug_1", 0.6, T, covariance, centre, size, bags.header(START, FRAME)
+    )
+    raw = bags.typestore().serialize_cdr(detection, "vision_msgs/msg/Detection3D")
+    received = deserialize_message(bytes(raw), Detection3D)
+    assert (received.id, received.results[0].hypothesis.class_id) == ("mug_1", "mug")
+    result = received.results[0].pose
+    np.testing.assert_allclose(bags.matrix_from(result.pose.position, result.pose.orientation), T, atol=1e-12)
+    np.testing.assert_array_equal(result.covariance, np.arange(36.0))
+    box = bags.matrix_from(received.bbox.center.position, received.bbox.center.orientation)
+    np.testing.assert_allclose(box[:3, 3], T[:3, :3] @ centre + T[:3, 3], atol=1e-12)
+
+
+def test_a_camera_survives_a_bag_message() -> None:
+    lens = CameraModel(CAMERA.K, 320, 240, "rational_polynomial", (0.1, 0.2, 0, 0, 0.1, 0.3, 0, 0.01))
+    for camera in (CAMERA, lens):
+        back = bags.camera_from_message(bags.camera_message(camera, bags.header(START, FRAME)), "/cam/info")
+        np.testing.assert_array_equal(back.K, camera.K)
+        assert back.distorted == camera.distorted and (back.width, back.height) == (320, 240)
+        assert not camera.distorted or back.D == camera.D
+
+
+def test_masks_of_another_size_or_with_a_broken_roi_are_refused() -> None:
+    message = bags.segments_message(
+        [Segment("a", 1.0, np.ones((30, 50), bool))], bags.header(START, FRAME), 30, 50
+    )
+    with pytest.raises(SegmentError, match="scale the masks"):
+        bags.segments_from_message(message, 60, 100, "/masks")
+    message.segments[0].roi.width = 51
+    with pytest.raises(SegmentError, match="leaves the image"):
+        bags.segments_from_message(message, 30, 50, "/masks")
+    message.segments[0].roi.width = 49
+    with pytest.raises(SegmentError, match="segment 0 \\('a'\\)"):
+        bags.segments_from_message(message, 30, 50, "/masks")
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_recording_comes_back_whole_with_poses(
+    storage: str, estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_bag(source, scenes, storage)
+    report = process_bag(estimator, source, target, tf_prefix="seen/")
+    assert report.frames == 3 and report.poses == 6
+    assert report.problems == {"no image": 1} and str(START - STEP) in report.examples["no image"]
+    assert report.milliseconds["total"] > 0
+
+    with bags.BagReader(source) as before, bags.BagReader(target) as after:
+        assert after.storage == storage
+        old = [(c.topic, t, bytes(raw)) for c, t, raw in before.raw()]
+        new = [(c.topic, t, bytes(raw)) for c, t, raw in after.raw()]
+        assert [t for _, t, _ in new] == sorted(t for _, t, _ in new)
+        added = list(new)
+        for entry in old:
+            added.remove(entry)
+        assert sorted({topic for topic, _, _ in added}) == ["/detections", "/tf"] and len(added) == 6
+        answers = [(t, m) for c, t, m in after.messages(["/detections"])]
+    for index, (recorded, message) in enumerate(answers):
+        assert bags.stamp_of(message) == START + index * STEP and message.header.frame_id == FRAME
+        assert recorded == START + index * STEP + DELAY
+        assert [d.results[0].hypothesis.class_id for d in message.detections] == list(CLASSES)
+        assert [d.id for d in message.detections] == ["cereal_box_0", "drill_0"]
+        assert all(np.isfinite(d.results[0].pose.covariance).all() for d in message.detections)
+    transforms = {}
+    with bags.BagReader(target) as after:
+        for _, _, message in after.messages(["/tf"]):
+            for transform in message.transforms:
+                transforms.setdefault(transform.child_frame_id, []).append(bags.stamp_of(transform))
+                T = bags.matrix_from(transform.transform.translation, transform.transform.rotation)
+                if transform.child_frame_id == "seen/drill_0":
+                    index = (bags.stamp_of(transform) - START) // STEP
+                    pose = answers[index][1].detections[1].results[0].pose.pose
+                    np.testing.assert_allclose(
+                        T, bags.matrix_from(pose.position, pose.orientation), atol=1e-12
+                    )
+    assert sorted(transforms) == [FRAME, "seen/cereal_box_0", "seen/drill_0"]
+    assert all(stamps == [START + n * STEP for n in range(3)] for stamps in transforms.values())
+
+
+def test_a_damaged_image_costs_only_its_own_frame(
+    estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    write_bag(tmp_path / "in", scenes, "mcap", damaged=1)
+    report = process_bag(estimator, tmp_path / "in", tmp_path / "out")
+    assert report.frames == 2 and report.problems["bad image"] == 1
+    assert "truncated" in report.examples["bad image"]
+
+
+def test_the_command_line(
+    meshes: Path,
+    weights: Path,
+    cache: Path,
+    scenes: list[tuple[np.ndarray, list[Segment]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_bag(tmp_path / "in", scenes, "mcap")
+    options = [
+        "--meshes",
+        meshes,
+        "--weights",
+        weights,
+        "--cache-dir",
+        cache,
+        "--viewpoints",
+        42,
+        "--hypotheses",
+        1,
+    ]
+    command = [str(part) for part in (tmp_path / "in", tmp_path / "out", *options, "--storage", "sqlite3")]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "6 poses in 3 frames" in printed.out and "1 x no image" in printed.err
+    assert list((tmp_path / "out").glob("*.db3"))
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "out2"), *map(str, options)]) == 2
+    assert "metadata.yaml" in capsys.readouterr().err
+
+
+def test_bags_that_cannot_be_used(scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path) -> None:
+    write_bag(tmp_path / "in", scenes, "mcap")
+    with bags.BagReader(tmp_path / "in") as reader:
+        assert reader.topic(bags.IMAGE) == "/cam/image"
+        with pytest.raises(BagError, match="no topic /other"):
+            reader.topic(bags.IMAGE, "/other")
+        with pytest.raises(BagError, match="record it"):
+            reader.topic(bags.DETECTIONS)
+    with pytest.raises(BagError, match="no true poses"):
+        read_recording(tmp_path / "in")
+    with bags.BagWriter(tmp_path / "two") as writer:
+        for topic in ("/left", "/right"):
+            writer.add_topic(topic, bags.IMAGE)
+        with pytest.raises(BagError, match="already holds"):
+            writer.add_topic("/left", bags.TF)
+    with bags.BagReader(tmp_path / "two") as reader, pytest.raises(BagError, match="/left, /right"):
+        reader.topic(bags.IMAGE)
+    with pytest.raises(BagError, match="doesn't exist"):
+        bags.BagWriter(tmp_path / "two")
+    with pytest.raises(BagError, match="mcap, sqlite3"):
+        bags.BagWriter(tmp_path / "three", "zip")
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_bag_cut_short_is_an_error_with_its_name(
+    storage: str, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    write_bag(tmp_path / "in", scenes, storage)
+    (data,) = [path for path in (tmp_path / "in").iterdir() if path.suffix in (".mcap", ".db3")]
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(BagError, match=str(tmp_path / "in")):
+        with bags.BagReader(tmp_path / "in") as reader:
+            for connection, _, raw in reader.raw():
+                reader.decode(raw, connection)
