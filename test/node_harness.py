@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import rclpy
+import torch
 import trimesh
 from diagnostic_msgs.msg import DiagnosticArray
 from picopose_ros.msg import SegmentArray
@@ -30,6 +31,7 @@ from std_msgs.msg import Header
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
+from picopose_ros.model import PicoPose, preset, save_model
 from picopose_ros.node.conversions import segments_to_message, stamp_to_nanoseconds
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import discover_objects, load_object
@@ -43,6 +45,7 @@ DEADLINE = 120.0
 
 # Every test process its own part of the domains that are safe on Linux, every node test its own domain in it.
 _domains = itertools.count()
+_stamps = itertools.count(1_700_000_000_123_456_789, 33_333_333)
 
 
 def next_domain() -> int:
@@ -64,6 +67,13 @@ def write_meshes(folder: Path) -> Path:
         mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=colours)
         mesh.export(folder / f"{name}.ply")
     return folder
+
+
+def write_weights(path: Path) -> Path:
+    """A tiny network that was never trained: poses come out, and nothing here asks whether they are good."""
+    torch.manual_seed(3)
+    save_model(PicoPose(preset("tiny")).eval(), path)
+    return path
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,7 @@ class NodeProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "node.log"
         self.namespace = namespace
+        self.domain = domain
         command = [sys.executable, "-m", "picopose_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -228,7 +239,6 @@ class Client:
         self._detections: dict[int, Detection3DArray] = {}
         self._transforms: dict[int, list] = {}
         self.diagnostics: dict[str, DiagnosticArray] = {}
-        self._stamps = itertools.count(1_700_000_000_123_456_789, 33_333_333)
 
         camera_qos = QoSProfile(depth=10, reliability=image_reliability)
         self.image = self.node.create_publisher(Image, "image", camera_qos)
@@ -295,9 +305,18 @@ class Client:
 
         self.wait_for(connected, "the node's subscriptions")
 
+    def wait_until_listening(self, node: NodeProcess) -> None:
+        """Until the node is on the graph with its inputs, whose QoS need not match this client's yet."""
+
+        def listening() -> bool:
+            assert node.process.poll() is None, f"the node ended: {node.log}"
+            return bool(self.node.count_subscribers(f"{node.namespace}/segmentation"))
+
+        self.wait_for(listening, "the node's subscriptions")
+
     def next_stamp(self) -> int:
-        """A stamp (ns) that was not used yet, 33 ms after the last."""
-        return next(self._stamps)
+        """A stamp (ns) that no client of this process used yet, 33 ms after the last."""
+        return next(_stamps)
 
     def send_frame(self, scene: Scene, stamp: int | None = None) -> int:
         """Publish image and camera_info; returns their stamp."""
@@ -317,6 +336,25 @@ class Client:
     def answered(self, stamp: int) -> bool:
         """Whether the answer with this stamp has come."""
         return stamp in self._detections
+
+    def detections_within(self, stamp: int, seconds: float) -> Detection3DArray | None:
+        """The answer with this stamp if it comes in time."""
+        end = time.monotonic() + seconds
+        self.wait_for(lambda: self.answered(stamp) or time.monotonic() > end, "an answer or the time to pass")
+        return self._detections.get(stamp)
+
+    def answered_since(self, stamp: int) -> int:
+        """How many answers have a later stamp than this."""
+        return sum(other > stamp for other in self._detections)
+
+    @staticmethod
+    def stamp_of(message: Detection3DArray) -> int:
+        """Its stamp in nanoseconds."""
+        return stamp_to_nanoseconds(message.header.stamp)
+
+    def has_transforms(self, stamp: int) -> bool:
+        """Whether any transform with this stamp has come."""
+        return stamp in self._transforms
 
     def transforms(self, stamp: int, count: int) -> list:
         """``count`` transforms with this stamp, waiting for them."""

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 from geometry_msgs.msg import Pose
-from picopose_ros.estimator import ObjectPose
 from picopose_ros.msg import Segment as SegmentMessage
 from picopose_ros.msg import SegmentArray
 from rclpy.serialization import deserialize_message, serialize_message
@@ -20,6 +19,7 @@ from std_msgs.msg import Header
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros.errors import CameraError, ImageError, SegmentError
+from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_rgb
 from picopose_ros.node.conversions import (
     camera_from_message,
@@ -209,25 +209,27 @@ def disc(height: int, width: int, row: float, col: float, radius: float) -> np.n
 
 
 def test_segments_survive_the_wire_without_loss() -> None:
-    rng = np.random.default_rng(3)
+    height, width = 240, 320
     masks = [
-        disc(HEIGHT, WIDTH, 20, 30, 9),
-        disc(HEIGHT, WIDTH, 0, 0, 12),  # over the border
-        rng.random((HEIGHT, WIDTH)) < 0.5,  # ragged: as bits
-        np.ones((HEIGHT, WIDTH), bool),
+        disc(height, width, 120, 200, 60),
+        disc(height, width, 0, 0, 90),  # over the border
+        disc(height, width, 120, 200, 6),  # so small that bits are shorter than runs
+        np.random.default_rng(3).random((height, width)) < 0.5,  # ragged
+        np.ones((height, width), bool),
     ]
     segments = [Segment(f"thing {i}", 0.5 + i / 10, mask) for i, mask in enumerate(masks)]
     header = Header(frame_id="camera")
     header.stamp.sec, header.stamp.nanosec = 5, 6
-    message = over_the_wire(segments_to_message(segments, header, HEIGHT, WIDTH))
+    message = over_the_wire(segments_to_message(segments, header, height, width))
     assert [entry.encoding for entry in message.segments] == [
         SegmentMessage.ENCODING_RLE,
         SegmentMessage.ENCODING_RLE,
         SegmentMessage.ENCODING_BITMAP,
+        SegmentMessage.ENCODING_BITMAP,
         SegmentMessage.ENCODING_RLE,
     ]
-    good, indices, bad = segments_from_message(message, HEIGHT, WIDTH, "/segmentation")
-    assert (indices, bad) == ([0, 1, 2, 3], [])
+    good, indices, bad = segments_from_message(message, height, width, "/segmentation")
+    assert (indices, bad) == ([0, 1, 2, 3, 4], [])
     for before, after in zip(segments, good, strict=True):
         assert after.class_id == before.class_id
         assert after.score == pytest.approx(before.score)
@@ -251,9 +253,10 @@ def test_masks_of_another_size_are_refused_as_a_whole() -> None:
 
 
 def broken(**changes: object) -> SegmentMessage:
-    segment = segments_to_message(
-        [Segment("cup", 1.0, disc(HEIGHT, WIDTH, 20, 20, 5))], Header(), HEIGHT, WIDTH
-    ).segments[0]
+    """A solid square in run lengths, with some of its fields changed."""
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[10:30, 15:35] = True
+    (segment,) = segments_to_message([Segment("cup", 1.0, mask)], Header(), HEIGHT, WIDTH).segments
     for name, value in changes.items():
         target = segment.roi if hasattr(segment.roi, name) else segment
         setattr(target, name, value)

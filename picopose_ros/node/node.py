@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from picopose_ros.node.diagnostics import Latencies, NodeStatus, diagnostics_mes
 from picopose_ros.node.drops import DropLog, DropReason
 from picopose_ros.node.images import image_to_rgb
 from picopose_ros.node.instances import InstanceNamer
+from picopose_ros.node.logs import RosLogHandler
 from picopose_ros.node.pairing import Pair, StampPairing, format_stamp
 from picopose_ros.node.parameters import declare_parameters
 from picopose_ros.node.subscriptions import InputSubscription
@@ -46,7 +48,7 @@ except ImportError:  # a plain machine has tf2_msgs, but no tf2_ros
     TransformBroadcaster = None
 
 IMAGE_DEPTH = 10
-SEGMENTATION_DEPTH = 10
+SEGMENTATION_DEPTH = 50
 HOUSEKEEPING_PERIOD = 0.1
 """Seconds between looks at what waits too long; also how long after loading the node turns ready at most."""
 
@@ -71,11 +73,12 @@ class PicoPoseNode(Node):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("picopose_node", **kwargs)
-        self._parameters = declare_parameters(self)
+        self._settings = declare_parameters(self)
         self.failure: Exception | None = None
         self._state = "loading"
         self._progress = ""
-        self._device = _resolve_device(self._parameters.device)
+        logging.getLogger("picopose_ros").addHandler(RosLogHandler(self.get_logger()))
+        self._device = _resolve_device(self._settings.device)
         self._started = time.monotonic()
         self._estimator: PoseEstimator | None = None
         self._namer = InstanceNamer()
@@ -92,7 +95,7 @@ class PicoPoseNode(Node):
         self._send_transforms = self._make_transform_sender()
 
         self._pairing = StampPairing(
-            self._parameters.buffer_seconds, self._parameters.buffer_images, self._drops.record
+            self._settings.buffer_seconds, self._settings.buffer_images, self._drops.record
         )
         self._worker: NewestWorker[Pair] = NewestWorker(self._load, self._process, self._on_crash)
         # Not the node's clock: with simulated time a paused bag would stop the housekeeping too.
@@ -111,7 +114,7 @@ class PicoPoseNode(Node):
     # Loading, on the worker thread.
 
     def _load(self) -> None:
-        p = self._parameters
+        p = self._settings
         self.get_logger().info(f"loading {p.preset} on {self._device} and the objects in {p.mesh_dir}")
         estimator = PoseEstimator.from_mesh_dir(
             p.mesh_dir,
@@ -146,7 +149,7 @@ class PicoPoseNode(Node):
     # On the executor: receive, pair, look after things.
 
     def _activate(self) -> None:
-        p = self._parameters
+        p = self._settings
         for name, message_type, callback, depth, reliability in (
             ("image", Image, self._on_image, IMAGE_DEPTH, p.image_reliability),
             ("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability),
@@ -162,7 +165,7 @@ class PicoPoseNode(Node):
         self.get_logger().info(
             f"picopose_node ready: {len(objects)} object{'s' if len(objects) != 1 else ''} "
             f"({', '.join(objects)}), "
-            f"{p.preset} on {self._device}, {p.viewpoints} viewpoints, {p.hypotheses} hypotheses, "
+            f"{p.preset} on {self._device}, {p.viewpoints} viewpoints, hypotheses per segment: {p.hypotheses}, "
             f"loaded in {time.monotonic() - self._started:.1f} s; listening to "
             f"{', '.join(self._topics.values())}"
         )
@@ -204,7 +207,7 @@ class PicoPoseNode(Node):
     def _publish_diagnostics(self) -> None:
         counts = self._pairing.counts
         dropped = self._drops.total()
-        details = {"preset": self._parameters.preset, "viewpoints": str(self._parameters.viewpoints)}
+        details = {"preset": self._settings.preset, "viewpoints": str(self._settings.viewpoints)}
         if self._estimator is not None:
             details["objects"] = ", ".join(sorted(self._estimator.banks))
         elif self._progress:
@@ -296,10 +299,11 @@ class PicoPoseNode(Node):
 
     def _estimate(self, rgb: np.ndarray, camera: CameraModel, segments: list[Segment]) -> list[ObjectPose]:
         result = self._estimator.estimate(rgb, camera, segments)
-        self._latencies.record(result.timings)
+        self._latencies.record({k: ms for k, ms in result.timings.items() if k != "total"})
         for index, reason in result.skipped:
             self._drops.record(
-                DropReason.NO_POSE, f"segment '{segments[index].class_id}' gave no pose: {reason}"
+                self._kind_of_skip(segments[index]),
+                f"segment '{segments[index].class_id}' gave no pose: {reason}",
             )
         min_score = self.get_parameter("min_score").value
         poses = []
@@ -313,6 +317,12 @@ class PicoPoseNode(Node):
             else:
                 poses.append(pose)
         return poses
+
+    def _kind_of_skip(self, segment: Segment) -> DropReason:
+        """What the estimator's reason for skipping a segment comes down to."""
+        if np.count_nonzero(segment.mask) < self._estimator.settings.min_mask_pixels:
+            return DropReason.SMALL_MASK
+        return DropReason.NO_POSE if segment.class_id in self._estimator.banks else DropReason.UNKNOWN_CLASS
 
     def _publish(self, poses: list[ObjectPose], header: Header) -> None:
         names = self._namer.assign(
@@ -331,7 +341,7 @@ class PicoPoseNode(Node):
                 "set it in the camera driver, without a leading slash",
             )
             return
-        prefix = self._parameters.tf_prefix
+        prefix = self._settings.tf_prefix
         self._send_transforms(
             [transform_from_pose(pose, name, header, prefix) for pose, name in zip(poses, names, strict=True)]
         )

@@ -22,7 +22,7 @@ _REMEMBERED_STAMPS = 8192
 
 @dataclass(frozen=True)
 class Pair:
-    """A segmentation with its image and camera_info; ``received``: when the segmentation came (monotonic s)."""
+    """A segmentation with its image and camera_info; ``received``: when the former came (monotonic s)."""
 
     stamp: int
     image: Any

@@ -75,8 +75,8 @@ class InputSubscription:
             reliability=reliability,
             durability=DurabilityPolicy.VOLATILE,
         )
-        # Without a callback of ours rclpy logs the mismatch by itself, which is right where there is no way
-        # out. events = SubscriptionEventCallbacks(
+        # Without a callback of ours rclpy logs the mismatch by itself, which is right where nothing adapts.
+        events = SubscriptionEventCallbacks(
             incompatible_qos=self._on_incompatible if self._automatic else None
         )
         return self._node.create_subscription(

@@ -1,0 +1,290 @@
+"""The node over DDS, between processes: what comes back for what is sent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from node_harness import (
+    CAMERA_FRAME,
+    HEIGHT,
+    WIDTH,
+    Client,
+    NodeProcess,
+    Scene,
+    camera_message,
+    image_message,
+    make_scene,
+    next_domain,
+    running_node,
+    segments_message,
+    write_meshes,
+    write_weights,
+)
+from node_publisher import save_scene
+from rclpy.qos import ReliabilityPolicy
+from vision_msgs.msg import Detection3DArray
+
+from picopose_ros.segmentation import Segment
+
+NAMESPACE = "/cell"
+PREFIX = "left/"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Meshes (one of them broken), weights and a cache, shared by the nodes of this module."""
+    folder = tmp_path_factory.mktemp("assets")
+    meshes = write_meshes(folder / "meshes")
+    (meshes / "crumpled.ply").write_text("ply\nthis is no mesh\n")
+    return {
+        "mesh_dir": meshes,
+        "weights": write_weights(folder / "tiny.safetensors"),
+        "cache_dir": folder / "cache",
+    }
+
+
+@pytest.fixture(scope="module")
+def scene(assets: dict[str, Path]) -> Scene:
+    return make_scene(assets["mesh_dir"])
+
+
+@pytest.fixture(scope="module")
+def node(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with running_node(
+        tmp_path_factory.mktemp("node"),
+        next_domain(),
+        NAMESPACE,
+        device="cpu",
+        viewpoints=42,
+        hypotheses=1,
+        tf_prefix=PREFIX,
+        **assets,
+    ) as process:
+        yield process
+        assert process.stop() == 0
+        assert "Traceback" not in process.log
+
+
+@pytest.fixture(scope="module")
+def client(node: NodeProcess) -> Iterator[Client]:
+    client = Client(node.domain, NAMESPACE)
+    client.wait_until_connected(node)
+    yield client
+    client.close()
+
+
+def ids(detections: Detection3DArray) -> list[str]:
+    return [detection.id for detection in detections.detections]
+
+
+def poses(detections: Detection3DArray) -> np.ndarray:
+    """(n, 7) positions and quaternions."""
+    rows = []
+    for detection in detections.detections:
+        p, q = detection.results[0].pose.pose.position, detection.results[0].pose.pose.orientation
+        rows.append([p.x, p.y, p.z, q.x, q.y, q.z, q.w])
+    return np.array(rows)
+
+
+def test_it_says_when_it_is_ready_and_which_mesh_it_left_out(client: Client, node: NodeProcess) -> None:
+    assert "picopose_node ready: 2 objects (block, can), tiny on cpu" in node.log
+    (line,) = [line for line in node.log.splitlines() if "crumpled" in line]
+    assert "left out" in line
+
+
+def test_a_late_segmentation_is_answered_for_its_own_image(client: Client, scene: Scene) -> None:
+    dark = Scene(scene.rgb // 8, scene.segments)
+    before, stamp, after = client.send_frame(dark), client.send_frame(scene), client.send_frame(dark)
+    started = time.monotonic()
+    client.wait_for(lambda: time.monotonic() > started + 0.3, "a segmenter's 300 ms")
+    client.send_segments(scene.segments, stamp)
+
+    answer = client.detections(stamp)
+    assert not client.answered(before)
+    assert not client.answered(after)
+    assert answer.header.frame_id == CAMERA_FRAME
+    assert ids(answer) == ["block_0", "can_0", "block_1"]
+    for detection, segment in zip(answer.detections, scene.segments, strict=True):
+        assert detection.header == answer.header
+        (result,) = detection.results
+        assert result.hypothesis.class_id == segment.class_id
+        assert 0.0 <= result.hypothesis.score <= 1.0
+        covariance = result.pose.covariance.reshape(6, 6)
+        np.testing.assert_allclose(covariance, covariance.T)
+        assert (np.linalg.eigvalsh(covariance) > 0).all()
+    # The boxes are the meshes' own: 6 x 8 x 11 cm, and 7 cm wide and 10 cm high.
+    sizes = [detection.bbox.size for detection in answer.detections]
+    np.testing.assert_allclose([sizes[0].x, sizes[0].y, sizes[0].z], [0.06, 0.08, 0.11], atol=1e-4)
+    np.testing.assert_allclose([sizes[1].x, sizes[1].y, sizes[1].z], [0.07, 0.07, 0.1], atol=1e-3)
+
+    # The same stamp, the same image: what differs is what the network saw of it.
+    np.testing.assert_array_equal(poses(answer), poses(client.ask(scene)))
+    assert not np.array_equal(poses(answer), poses(client.ask(dark)))
+
+
+def test_tf_says_the_same_as_the_detections(client: Client, scene: Scene) -> None:
+    answer = client.ask(scene)
+    transforms = client.transforms(client.stamp_of(answer), 3)
+    assert [transform.child_frame_id for transform in transforms] == [PREFIX + name for name in ids(answer)]
+    for transform, detection in zip(transforms, answer.detections, strict=True):
+        assert transform.header == answer.header
+        t, p = transform.transform.translation, detection.results[0].pose.pose.position
+        assert (t.x, t.y, t.z) == (p.x, p.y, p.z)
+        assert transform.transform.rotation == detection.results[0].pose.pose.orientation
+
+
+def test_names_stay_with_the_objects_when_the_segmenter_shuffles(client: Client, scene: Scene) -> None:
+    first = client.ask(scene)
+    shuffled = client.ask(Scene(scene.rgb, scene.segments[::-1]))
+    assert ids(shuffled) == ids(first)[::-1]
+    np.testing.assert_allclose(poses(shuffled), poses(first)[::-1], atol=1e-6)
+
+
+def test_a_segmentation_may_come_before_its_image(client: Client, scene: Scene) -> None:
+    stamp = client.next_stamp()
+    client.send_segments(scene.segments[:1], stamp)
+    client.send_frame(scene, stamp)
+    assert len(client.detections(stamp).detections) == 1
+
+
+def test_nothing_seen_is_an_answer_too(client: Client, scene: Scene) -> None:
+    assert client.ask(Scene(scene.rgb, [])).detections == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "channels"), [("bgr8", [2, 1, 0]), ("rgba8", [0, 1, 2, 0]), ("bgra8", [2, 1, 0, 0])]
+)
+def test_every_colour_encoding_gives_the_same_poses(
+    client: Client, scene: Scene, encoding: str, channels: list[int]
+) -> None:
+    stamp = client.next_stamp()
+    client.image.publish(image_message(scene.rgb[:, :, channels], stamp, encoding))
+    client.camera_info.publish(camera_message(stamp))
+    client.send_segments(scene.segments, stamp)
+    np.testing.assert_array_equal(poses(client.detections(stamp)), poses(client.ask(scene)))
+
+
+@pytest.mark.parametrize("encoding", ["mono8", "mono16", "bayer_rggb8"])
+def test_grey_and_raw_images_are_answered(client: Client, scene: Scene, encoding: str) -> None:
+    pixels = scene.rgb[:, :, 1].astype(np.uint16) << 8 if encoding == "mono16" else scene.rgb[:, :, 1]
+    stamp = client.next_stamp()
+    client.image.publish(image_message(pixels, stamp, encoding))
+    client.camera_info.publish(camera_message(stamp))
+    client.send_segments(scene.segments[:1], stamp)
+    assert ids(client.detections(stamp)) == ["block_0"]
+
+
+def test_a_mask_over_the_border_is_answered(client: Client, scene: Scene) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[:80, WIDTH - 60 :] = True
+    assert len(client.ask(Scene(scene.rgb, [Segment("can", 1.0, mask)])).detections) == 1
+
+
+def test_newest_wins_when_segmentations_come_too_fast(client: Client, scene: Scene) -> None:
+    stamps = [client.send_frame(scene) for _ in range(8)]
+    for stamp in stamps:
+        client.send_segments(scene.segments, stamp)
+    client.detections(stamps[-1])
+    values = client.diagnostic_values(
+        lambda v: int(v["pairs_made"]) == int(v["segmentations_answered"]) + int(v.get("dropped_busy", 0)),
+        "every pair to be answered or counted",
+    )
+    assert int(values["dropped_busy"]) >= 1
+    answered = [client.answered(stamp) for stamp in stamps]
+    assert not all(answered)
+
+
+def test_scores_and_tf_can_be_changed_while_it_runs(client: Client, scene: Scene) -> None:
+    assert client.set_parameter("min_score", 1.0) == (True, "")
+    assert client.ask(scene).detections == []
+    assert client.set_parameter("min_score", 0.0) == (True, "")
+    assert client.set_parameter("publish_tf", False) == (True, "")
+    silent = client.ask(scene)
+    assert client.set_parameter("publish_tf", True) == (True, "")
+    spoken = client.ask(scene)
+    assert len(silent.detections) == len(spoken.detections) == 3
+    client.transforms(client.stamp_of(spoken), 3)
+    assert not client.has_transforms(client.stamp_of(silent))
+
+
+def test_bad_parameter_values_are_refused_with_a_reason(client: Client) -> None:
+    for name, value, reason in (
+        ("min_score", 1.5, "range"),
+        ("unit", "mm", "read-only"),
+        ("mesh_dir", "", "read-only"),
+    ):
+        accepted, message = client.set_parameter(name, value)
+        assert not accepted
+        assert reason in message
+
+
+def test_diagnostics_hold_state_counters_and_latencies(client: Client, scene: Scene) -> None:
+    client.ask(scene)
+    values = client.diagnostic_values(lambda v: int(v["poses_published"]) >= 3, "poses in the diagnostics")
+    assert values["state"] == "ready"
+    assert values["objects"] == "block, can"
+    assert int(values["images_received"]) >= int(values["pairs_made"]) >= 1
+    assert {"latency_queue_ms", "latency_encode_ms", "latency_pnp_ms", "latency_total_ms"} <= values.keys()
+
+
+def test_publisher_killed_and_restarted(
+    client: Client, node: NodeProcess, scene: Scene, tmp_path: Path
+) -> None:
+    save_scene(scene, str(tmp_path / "scene.npz"))
+    program = Path(__file__).with_name("node_publisher.py")
+    environment = {**os.environ, "ROS_DOMAIN_ID": str(node.domain), "OMP_NUM_THREADS": "1"}
+
+    def publish_until_answered() -> None:
+        since = time.time_ns()
+        command = [sys.executable, str(program), str(tmp_path / "scene.npz"), NAMESPACE]
+        process = subprocess.Popen(command, env=environment)
+        try:
+            client.wait_for(lambda: client.answered_since(since) >= 2, "answers to the other process")
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    publish_until_answered()
+    publish_until_answered()
+    assert len(client.ask(scene).detections) == 3
+
+
+def test_two_cameras_in_two_namespaces(assets: dict[str, Path], scene: Scene, tmp_path: Path) -> None:
+    """One node per camera, one domain, one cache; the second camera is best effort and on simulated time."""
+    domain = next_domain()
+    common = {**assets, "device": "cpu", "viewpoints": 42, "hypotheses": 1, "cache_dir": tmp_path / "cache"}
+    with (
+        running_node(tmp_path / "left", domain, "/left", tf_prefix="left/", **common) as left,
+        running_node(
+            tmp_path / "right", domain, "/right", tf_prefix="right/", use_sim_time=True, **common
+        ) as right,
+    ):
+        clients = [Client(domain, "/left"), Client(domain, "/right", ReliabilityPolicy.BEST_EFFORT)]
+        try:
+            clients[0].wait_until_connected(left)
+            clients[1].wait_until_listening(right)
+            right.wait_for_log("/right/image is published best effort")
+            both = {}
+            for client, segments in zip(clients, (scene.segments[:1], scene.segments[1:2]), strict=True):
+                # Best effort may lose an image; a camera sends the next one.
+                answer = None
+                while answer is None:
+                    stamp = client.send_frame(scene)
+                    client.segmentation.publish(segments_message(segments, stamp))
+                    answer = client.detections_within(stamp, 5.0)
+                both[client.node.get_namespace()] = ids(answer), client.transforms(stamp, 1)[0].child_frame_id
+            assert both == {"/left": (["block_0"], "left/block_0"), "/right": (["can_0"], "right/can_0")}
+            assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+        finally:
+            for client in clients:
+                client.close()
+        assert left.stop() == 0
+        assert right.stop() == 0
