@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class TemplateBank:
         transform[:3, 3] = -self.centre
         return transform
 
-    @property
+    @cached_property
     def centres(self) -> np.ndarray:
         """(N, 2) float32 where the object's centre lies in each crop, crop pixels."""
         centre = self.T_cam_ctr[:, :3, 3] @ self.K.T.astype(np.float32)

@@ -24,18 +24,18 @@ def import_pyrender() -> tuple[Any, str]:
     Raises:
         RenderError: neither works, or PyOpenGL was already loaded for windows.
     """
-    if "OpenGL.platform" not in sys.modules and not os.environ.get("PYOPENGL_PLATFORM"):
+    platform = os.environ.get("PYOPENGL_PLATFORM", "")
+    if "OpenGL.platform" not in sys.modules and platform in ("", *_PROBES):
         reasons = {}
-        for name, probe in (("egl", _probe_egl), ("osmesa", _probe_osmesa)):
-            reasons[name] = probe()
+        for name in (platform,) if platform else _PROBES:
+            reasons[name] = _PROBES[name]()
             if reasons[name] is None:
-                os.environ["PYOPENGL_PLATFORM"] = name
+                platform = os.environ["PYOPENGL_PLATFORM"] = name
                 break
         else:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise RenderError(f"no offscreen OpenGL on this machine ({why}); {INSTALL_HINT}")
-    platform = os.environ.get("PYOPENGL_PLATFORM", "")
-    if platform not in ("egl", "osmesa"):
+    if platform not in _PROBES:
         raise RenderError(
             f"offscreen rendering needs OpenGL on egl or osmesa, but PYOPENGL_PLATFORM is {platform!r}; "
             "unset it or set it to one of them before anything imports OpenGL"
@@ -50,42 +50,62 @@ def import_pyrender() -> tuple[Any, str]:
 
 
 def _probe_egl() -> str | None:
-    """Why EGL gives no offscreen OpenGL 4.1 core context, or None if it does. PyOpenGL stays unloaded."""
+    """Why EGL gives no offscreen OpenGL context, or None if it does; PyOpenGL stays unloaded.
+
+    Without an EGL_DEVICE_ID in the environment, it is set to the first device that works: the first of all
+    may be a graphics card that this user must not open, with Mesa's software device behind it.
+    """
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError as error:
         return str(error)
     pointer, integers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
-    egl.eglGetProcAddress.restype = egl.eglCreateContext.restype = pointer
+    egl.eglGetProcAddress.restype = pointer
+    query_devices = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    get_display = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
+    if not query_devices or not get_display:
+        return "the EGL library cannot list devices"
+    query_devices = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int32, pointer, integers)(query_devices)
+    get_display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint32, pointer, pointer)(get_display)
+    devices, count = (pointer * 16)(), ctypes.c_int32()
+    if not query_devices(16, devices, count) or not count.value:
+        return "EGL knows no device"
+
+    chosen = os.environ.get("EGL_DEVICE_ID")
+    indices = [str(index) for index in range(count.value)]
+    if chosen is not None and chosen not in indices:
+        return f"EGL_DEVICE_ID is {chosen}, but EGL knows the devices {', '.join(indices)}"
+    reasons = []
+    for index in indices if chosen is None else [chosen]:
+        display = get_display(0x313F, devices[int(index)], None)  # EGL_PLATFORM_DEVICE_EXT
+        reason = _probe_egl_display(egl, display)
+        if reason is None:
+            os.environ["EGL_DEVICE_ID"] = index
+            return None
+        reasons.append(f"device {index} {reason}")
+    return ", ".join(reasons)
+
+
+def _probe_egl_display(egl: ctypes.CDLL, display: int | None) -> str | None:
+    """Why a display gives no OpenGL 4.1 core context, or None if it does."""
+    pointer, integers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
     egl.eglInitialize.argtypes = [pointer, pointer, pointer]
     egl.eglChooseConfig.argtypes = [pointer, integers, pointer, ctypes.c_int32, integers]
     egl.eglCreateContext.argtypes = [pointer, pointer, pointer, integers]
+    egl.eglCreateContext.restype = pointer
     egl.eglDestroyContext.argtypes = [pointer, pointer]
-    query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
-    display_of = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
-    if not query or not display_of:
-        return "the EGL library cannot list devices"
-    query = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_int32, pointer, integers)(query)
-    display_of = ctypes.CFUNCTYPE(pointer, ctypes.c_uint32, pointer, pointer)(display_of)
-    devices, count = (pointer * 16)(), ctypes.c_int32()
-    if not query(16, devices, count) or not count.value:
-        return "EGL knows no device"
-    index = int(os.environ.get("EGL_DEVICE_ID", "0"))
-    if index >= count.value:
-        return f"EGL_DEVICE_ID is {index}, but EGL knows {count.value} devices"
-    display = display_of(0x313F, devices[index], None)  # 0x313F: EGL_PLATFORM_DEVICE_EXT
     if not display or not egl.eglInitialize(display, None, None):
-        return "EGL does not initialise"
-    # 8-bit RGB pbuffer with 24-bit depth, desktop OpenGL; then a 4.1 core context
+        return "does not initialise"
+    # 8-bit RGB pbuffer with 24-bit depth, desktop OpenGL; then a 4.1 core context: what pyrender asks for
     wanted = (ctypes.c_int32 * 13)(0x3033, 1, 0x3022, 8, 0x3023, 8, 0x3024, 8, 0x3025, 24, 0x3040, 8, 0x3038)
     config, found = pointer(), ctypes.c_int32()
     if not egl.eglChooseConfig(display, wanted, ctypes.byref(config), 1, found) or not found.value:
-        return "EGL offers no RGB and depth configuration"
+        return "offers no RGB and depth configuration"
     egl.eglBindAPI(0x30A2)
     version = (ctypes.c_int32 * 7)(0x3098, 4, 0x30FB, 1, 0x30FD, 1, 0x3038)
     context = egl.eglCreateContext(display, config, None, version)
     if not context:
-        return "EGL creates no OpenGL 4.1 context"
+        return "creates no OpenGL 4.1 context"
     egl.eglDestroyContext(display, context)
     return None
 
@@ -100,6 +120,10 @@ def _probe_osmesa() -> str | None:
     except OSError as error:
         return str(error)
     return None if hasattr(library, "OSMesaCreateContextAttribs") else f"{name} is older than Mesa 13"
+
+
+_PROBES = {"egl": _probe_egl, "osmesa": _probe_osmesa}
+"""Platforms that need no window, the preferred one first."""
 
 
 def make_context(backend: str) -> Any:
