@@ -164,10 +164,9 @@ class PicoPoseNode(Node):
         objects = sorted(self._estimator.banks)
         self.get_logger().info(
             f"picopose_node ready: {len(objects)} object{'s' if len(objects) != 1 else ''} "
-            f"({', '.join(objects)}), "
-            f"{p.preset} on {self._device}, {p.viewpoints} viewpoints, hypotheses per segment: {p.hypotheses}, "
-            f"loaded in {time.monotonic() - self._started:.1f} s; listening to "
-            f"{', '.join(self._topics.values())}"
+            f"({', '.join(objects)}), {p.preset} on {self._device}, {p.viewpoints} viewpoints, "
+            f"hypotheses per segment: {p.hypotheses}, loaded in {time.monotonic() - self._started:.1f} s; "
+            f"listening to {', '.join(self._topics.values())}"
         )
 
     def _on_image(self, message: Image) -> None:
