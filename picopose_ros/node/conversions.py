@@ -57,7 +57,7 @@ def camera_from_message(message: Any, topic: str) -> CameraModel:
 
 def segments_from_message(
     message: Any, height: int, width: int, topic: str
-) -> tuple[list[Segment], list[int], list[BadSegment]]:
+) -> tuple[list[Segment], list[BadSegment]]:
     """The segments of a ``picopose_ros/SegmentArray``, each judged by itself.
 
     Args:
@@ -67,7 +67,7 @@ def segments_from_message(
         topic: where it came from, for the messages.
 
     Returns:
-        The good segments, their indices in the message, and the bad ones.
+        The good segments and the bad ones, both in the message's order.
 
     Raises:
         SegmentError: the masks are masks of an image of another size; none of them can be used.
@@ -79,7 +79,6 @@ def segments_from_message(
             f"its stamp has {width}x{height}: scale the masks to the image before publishing them"
         )
     good: list[Segment] = []
-    indices: list[int] = []
     bad: list[BadSegment] = []
     for index, segment in enumerate(message.segments):
         where = f"segment {index} ('{segment.class_id}') on {topic}"
@@ -93,8 +92,7 @@ def segments_from_message(
             bad.append(BadSegment(index, DropReason.EMPTY_MASK, f"{where} has an empty mask"))
             continue
         good.append(decoded)
-        indices.append(index)
-    return good, indices, bad
+    return good, bad
 
 
 def _mask_from_message(segment: Any, height: int, width: int) -> np.ndarray:

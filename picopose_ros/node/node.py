@@ -267,12 +267,11 @@ class PicoPoseNode(Node):
             self._drops.record(DropReason.MASK_SIZE, str(error))
             return
         if (camera.height, camera.width) != rgb.shape[:2]:
+            size, other = f"{rgb.shape[1]}x{rgb.shape[0]}", f"{camera.width}x{camera.height}"
             self._drops.record(
                 DropReason.BAD_CAMERA_INFO,
-                f"camera_info on {self._topics['camera_info']} is of an image of "
-                f"{camera.width}x{camera.height} pixels, "
-                f"but the image has {rgb.shape[1]}x{rgb.shape[0]}: use the camera_info that belongs to the "
-                "image topic",
+                f"camera_info on {self._topics['camera_info']} is of an image of {other} pixels, but the image has "
+                f"{size}: use the camera_info that belongs to {self._topics['image']}",
             )
             return
         before = time.monotonic()
@@ -291,7 +290,7 @@ class PicoPoseNode(Node):
         )
 
     def _segments(self, pair: Pair, size: tuple[int, int]) -> list[Segment]:
-        segments, _, bad = segments_from_message(pair.segmentation, *size, self._topics["segmentation"])
+        segments, bad = segments_from_message(pair.segmentation, *size, self._topics["segmentation"])
         for problem in bad:
             self._drops.record(problem.reason, problem.message)
         return segments
@@ -335,9 +334,8 @@ class PicoPoseNode(Node):
         if not header.frame_id or header.frame_id.startswith("/"):
             self._drops.record(
                 DropReason.BAD_FRAME_ID,
-                f"images on {self._topics['image']} have frame_id '{header.frame_id}', which can't be a TF "
-                "parent: "
-                "set it in the camera driver, without a leading slash",
+                f"images on {self._topics['image']} have frame_id '{header.frame_id}', which can't be a "
+                "TF parent: set it in the camera driver, without a leading slash",
             )
             return
         prefix = self._settings.tf_prefix

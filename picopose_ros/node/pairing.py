@@ -167,7 +167,8 @@ class StampPairing:
             hint = (
                 f"the nearest of {len(self._images)} buffered images is {abs(nearest - stamp) / 1e6:.3f} ms "
                 "away; "
-                "the segmenter must copy the image's header.stamp"
+                "the segmenter must copy the image's header.stamp; if it does, "
+                "the image was lost on its way (parameter image_reliability)"
             )
         else:
             hint = "no image at all is in the buffer; check the image topic's name and its QoS"
