@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from picopose_ros.msg import SegmentArray
+from rclpy.serialization import deserialize_message, serialize_message
 from rosbags.typesys import get_types_from_msg
+from std_msgs.msg import Header
+from vision_msgs.msg import Detection3D
 
 from picopose_ros import bags
-from picopose_ros.cli.bag import main, process_bag
+from picopose_ros.cli.bag import process_bag
+from picopose_ros.cli.main import main
 from picopose_ros.demo.evaluate import read_recording
 from picopose_ros.demo.objects import cereal_box, drill
 from picopose_ros.errors import BagError, SegmentError
@@ -20,6 +25,7 @@ from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.model import PicoPose
 from picopose_ros.model.checkpoint import save_model
 from picopose_ros.model.config import preset
+from picopose_ros.node import conversions
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
@@ -137,12 +143,6 @@ def test_segments_survive_a_bag_message() -> None:
 
 
 def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
-    from picopose_ros.msg import SegmentArray
-    from rclpy.serialization import deserialize_message, serialize_message
-    from std_msgs.msg import Header
-    from vision_msgs.msg import Detection3D
-
-    from picopose_ros.node import conversions
 
     mask = np.random.default_rng(1).uniform(size=(30, 50)) < 0.3
     segments = [Segment("a", 0.25, mask), Segment("b", 0.75, np.ones((30, 50), bool))]
@@ -272,14 +272,14 @@ def test_the_command_line(
         "--hypotheses",
         1,
     ]
-    command = [str(part) for part in (tmp_path / "in", tmp_path / "out", *options, "--storage", "sqlite3")]
+    command = ["bag", *map(str, (tmp_path / "in", tmp_path / "out", *options, "--storage", "sqlite3"))]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "6 poses in 3 frames" in printed.out and "1 x no image" in printed.err
     assert list((tmp_path / "out").glob("*.db3"))
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main([str(tmp_path / "nothing"), str(tmp_path / "out2"), *map(str, options)]) == 2
+    assert main(["bag", str(tmp_path / "nothing"), str(tmp_path / "out2"), *map(str, options)]) == 2
     assert "metadata.yaml" in capsys.readouterr().err
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 import trimesh
 
 from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.geometry.crops import CROP_SIZE
+from picopose_ros.model import PicoPose
+from picopose_ros.model.config import preset
+from picopose_ros.templates.bank import build_bank
+from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec
 from picopose_ros.training import pool as pool_module
 from picopose_ros.training.objects import (
     HELD_OUT_SHAPES,
@@ -165,6 +171,27 @@ def test_views_lie_on_the_object(small_pool: Path) -> None:
         crop = uv * template.M_crop_img[0, 0] + template.M_crop_img[:2, 2]
         rows, columns = np.nonzero(cell)
         np.testing.assert_allclose(crop, np.floor((np.stack([columns, rows], -1) + 0.5) * 3.5), atol=0.01)
+
+
+def test_templates_are_those_of_the_bank(small_pool: Path) -> None:
+    """What the network is trained on is, to the bit, what onboarding will show it."""
+    reader = PoolReader(small_pool)
+    parts = build_object(reader[0].seed).centred()
+    torch.manual_seed(0)
+    mesh = ObjectMesh(ObjectSpec("pooled", Path("pooled.glb")), parts)
+    bank = build_bank(mesh, PicoPose(preset("tiny")).eval())
+    for cluster in range(reader.clusters):
+        template = reader[cluster].template
+        index, side = template.viewpoint, int(bank.sides[template.viewpoint])
+        pixels = cv2.resize(
+            bank.images[index, :side, :side], (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR
+        )
+        np.testing.assert_array_equal(template.rgb, pixels)
+        np.testing.assert_array_equal(template.mask, bank.masks[index])
+        np.testing.assert_allclose(template.points_consistent, bank.points_consistent[index], atol=1e-6)
+        np.testing.assert_allclose(template.T_cam_ctr, bank.T_cam_ctr[index], atol=1e-6)
+        np.testing.assert_array_equal(template.M_crop_img, bank.M_crop_img[index])
+        np.testing.assert_allclose(template.K, bank.K, rtol=1e-7)
 
 
 def test_queries_look_from_near_their_template(small_pool: Path) -> None:

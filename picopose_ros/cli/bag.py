@@ -16,7 +16,8 @@ from rosbags.interfaces import Connection
 from tqdm import tqdm
 
 from picopose_ros import bags
-from picopose_ros.errors import BagError, CameraError, ImageError, PicoPoseError, SegmentError
+from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.node.images import image_to_rgb
@@ -237,13 +238,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", type=Path, help="rosbag2 folder, mcap or sqlite3")
     parser.add_argument("target", metavar="OUT", type=Path, help="rosbag2 folder to make")
     parser.add_argument("--meshes", type=Path, required=True, help="folder with one mesh per object")
-    parser.add_argument("--unit", default="m", choices=("m", "mm", "cm", "in"), help="unit of the meshes")
-    parser.add_argument("--preset", default="tiny", choices=("tiny", "vitl"), help="size of the network")
-    parser.add_argument("--weights", type=Path, help="checkpoint; the packaged one by default")
-    parser.add_argument("--device", default="cpu", help="where the network runs: cpu, cuda, cuda:1")
-    parser.add_argument("--viewpoints", type=int, default=162, choices=(42, 162, 642), help="templates")
-    parser.add_argument("--hypotheses", type=int, default=5, help="templates tried per segment")
-    parser.add_argument("--cache-dir", type=Path, help="where onboarded objects are kept")
+    add_onboarding_arguments(parser)
+    parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
     parser.add_argument("--image", metavar="TOPIC", help="needed only if the bag has several images")
     parser.add_argument("--camera-info", metavar="TOPIC", help="needed only if the bag has several")
     parser.add_argument("--segmentation", metavar="TOPIC", help="needed only if the bag has several")
@@ -298,14 +294,3 @@ def run(args: argparse.Namespace) -> int:
     for reason, count in report.problems.most_common(_MOST_WARNINGS):
         print(f"{count} x {reason}; first: {report.examples[reason]}", file=sys.stderr)
     return 0 if report.frames else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``picopose bag`` by itself; an error becomes one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="picopose bag", description=__doc__)
-    configure(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except PicoPoseError as error:
-        print(f"picopose bag: {error}", file=sys.stderr)
-        return 2

@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7, help="of the world's clutter and noise")
     parser.add_argument("--storage", choices=tuple(STORAGES), default="mcap", help="of the bags")
     parser.add_argument("--hypotheses", type=int, default=5, help="templates that the node tries per segment")
+    parser.add_argument("--viewpoints", type=int, default=162, choices=(42, 162, 642), help="per object")
+    parser.add_argument(
+        "--weights", type=Path, help="checkpoint of the tiny network; the packaged one by default"
+    )
     args = parser.parse_args(argv)
     try:
         from picopose_ros.demo.run import run_demo
@@ -28,10 +32,11 @@ def main(argv: list[str] | None = None) -> int:
             f"demo: ROS is not there ({error}): run `make setup` or source a ROS 2 workspace", file=sys.stderr
         )
         return 2
+    options = ["-p", f"hypotheses:={args.hypotheses}", "-p", f"viewpoints:={args.viewpoints}"]
+    if args.weights is not None:
+        options += ["-p", f"weights:={args.weights}"]
     try:
-        report = run_demo(
-            args.out, args.frames, args.seed, args.storage, ["-p", f"hypotheses:={args.hypotheses}"]
-        )
+        report = run_demo(args.out, args.frames, args.seed, args.storage, options)
     except PicoPoseError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -9,50 +9,15 @@ import cv2
 import numpy as np
 
 from picopose_ros import bags
-from picopose_ros.demo.evaluate import Detected, Recording
+from picopose_ros.demo.evaluate import Recording
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.node.images import image_to_rgb
+from picopose_ros.overlay import Drawn, draw_poses, palette
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
 
 SHEET_COLUMNS = 4
 SHEET_ROWS = 3
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    hue = np.uint8([[[(index * 67) % 180, 230, 255]]])
-    return tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
-
-
-def draw(
-    rgb: np.ndarray,
-    camera: CameraModel,
-    detections: Sequence[Detected],
-    meshes: Mapping[str, ObjectMesh],
-    renderer: MeshRenderer,
-) -> np.ndarray:
-    """A copy of an undistorted image (H, W, 3) with every pose's outline, axes, name and score."""
-    image = np.ascontiguousarray(rgb).copy()
-    order = {class_id: index for index, class_id in enumerate(sorted(meshes))}
-    for detection in detections:
-        mesh = meshes[detection.class_id]
-        T, colour = detection.T_cam_obj, _colour(order[detection.class_id])
-        mask = renderer.render(mesh, T, camera.K, camera.width, camera.height).mask.astype(np.uint8)
-        outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, outlines, -1, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.drawContours(image, outlines, -1, colour, 2, cv2.LINE_AA)
-        ends = np.concatenate([[mesh.centre], mesh.centre + 0.3 * mesh.diameter * np.eye(3)])
-        seen = ends @ T[:3, :3].T + T[:3, 3]
-        if seen[:, 2].min() <= 0:
-            continue
-        pixels = np.rint(np.clip(camera.project(seen), -10_000, 10_000)).astype(int)
-        for end, axis in zip(pixels[1:], ((255, 60, 60), (60, 255, 60), (90, 90, 255)), strict=True):
-            cv2.line(image, tuple(pixels[0]), tuple(end), axis, 2, cv2.LINE_AA)
-        text = f"{detection.name} {detection.score:.2f}"
-        at = (int(pixels[0, 0]) - 40, int(pixels[0, 1]) - 8)
-        cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
-    return image
 
 
 def write_pictures(
@@ -84,12 +49,22 @@ def write_pictures(
         old.unlink()
     files: list[Path] = []
     pictures: list[np.ndarray] = []
+    order = {class_id: index for index, class_id in enumerate(sorted(meshes))}
     with bags.BagReader(bag) as reader, MeshRenderer() as renderer:
         for index, (_, _, message) in enumerate(reader.messages([image_topic])):
             if index % every:
                 continue
             found = recording.detections.get(bags.stamp_of(message), [])
-            picture = draw(image_to_rgb(message, image_topic), camera, found, meshes, renderer)
+            drawn = [
+                Drawn(
+                    meshes[pose.class_id],
+                    pose.T_cam_obj,
+                    f"{pose.name} {pose.score:.2f}",
+                    palette(order[pose.class_id]),
+                )
+                for pose in found
+            ]
+            picture = draw_poses(image_to_rgb(message, image_topic), camera, drawn, renderer)
             files.append(folder / f"overlay_{index:03d}.png")
             cv2.imwrite(str(files[-1]), picture[..., ::-1])
             pictures.append(picture)

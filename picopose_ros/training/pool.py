@@ -225,8 +225,8 @@ def _create(folder: Path, plan: _Plan) -> None:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise PicoPoseError(
-                f"cannot reserve {length / 1e9:.1f} GB for {path} ({error.strerror}): free disk space or build"
-                " fewer objects"
+                f"cannot reserve {length / 1e9:.1f} GB for {path} ({error.strerror}): free disk space or"
+                " build fewer objects"
             ) from error
     _write_json(folder / "pool.json", asdict(plan))  # last: a folder without it is not a pool yet
 
