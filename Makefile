@@ -27,9 +27,14 @@ else
 $(error ROS=$(ROS) is unknown; use kilted or jazzy)
 endif
 STAMPS := $(VENV)/stamps
+# Modules are compiled when they are first imported; most of torch never is.
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/$(ROS).txt
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
 	$(wildcard msg/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+
+# The messages are generated while torch is being downloaded.
+MAKEFLAGS += --jobs=2
 
 # A sourced ROS, or a shell that the Python of another environment started, must not leak into this one.
 unexport PYTHONPATH PYTHONHOME AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH
@@ -40,26 +45,29 @@ endif
 
 .PHONY: setup demo test lint colcon clean
 
-setup: $(STAMPS)/interfaces $(STAMPS)/package
+setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
 $(STAMPS)/python: scripts/check_system.sh
 	scripts/check_system.sh "$(PYTHON)"
 	"$(PYTHON)" -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-# torch comes first and with its own dependencies; the pins are complete, so nothing else is resolved.
 $(STAMPS)/packages: $(PINS) $(STAMPS)/python
-	$(VENV)/bin/python -m pip install --quiet --constraint requirements/core.txt \
-	  $(TORCH_INDEX:%=--extra-index-url %) torch torchvision
-	$(VENV)/bin/python -m pip install --quiet --no-deps $(PINS:%=--requirement %)
+	$(PIP) --no-deps $(PINS:%=--requirement %)
+	@touch $@
+
+# The only package whose dependencies are resolved: a CUDA build brings its own. What is pinned is there already.
+$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/packages
+	$(PIP) --constraint requirements/core.txt $(TORCH_INDEX:%=--extra-index-url %) --requirement $<
 	@touch $@
 
 $(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/packages
 	scripts/build_interfaces.sh $(VENV) build/interfaces-$(ROS)
 	@touch $@
 
-$(STAMPS)/package: pyproject.toml $(STAMPS)/packages
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+# After torch: two pips must not work on one environment at the same time.
+$(STAMPS)/package: pyproject.toml $(STAMPS)/torch
+	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 demo: setup
@@ -71,7 +79,9 @@ lint: setup
 colcon: setup
 	scripts/check_colcon.sh $(VENV)
 
-test: lint colcon
+test: setup
+	$(VENV)/bin/ruff check .
+	scripts/check_colcon.sh $(VENV)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:
