@@ -43,6 +43,7 @@ def import_pyrender() -> tuple[Any, str]:
     if not hasattr(np, "infty"):
         np.infty = np.inf  # pyrender 0.1.45 still uses the name that NumPy 2 dropped
     try:
+        _teach_pyopengl()
         import pyrender
     except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
         raise RenderError(f"pyrender does not load on {platform} ({error}); {INSTALL_HINT}") from error
@@ -120,6 +121,17 @@ def _probe_osmesa() -> str | None:
     except OSError as error:
         return str(error)
     return None if hasattr(library, "OSMesaCreateContextAttribs") else f"{name} is older than Mesa 13"
+
+
+def _teach_pyopengl() -> None:
+    """Let PyOpenGL 3.1.0, which is what pyrender asks for, know what Python 3.12 calls a pointer argument."""
+    from OpenGL.plugins import FormatHandler
+
+    argument = type(ctypes.byref(ctypes.c_int()))
+    handler = FormatHandler.by_name("ctypesparameter")
+    name = f"{argument.__module__}.{argument.__name__}"
+    if handler is not None and handler.check is not None and name not in handler.check:
+        handler.check.append(name)
 
 
 _PROBES = {"egl": _probe_egl, "osmesa": _probe_osmesa}
