@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from picopose_ros.errors import CameraError, ConfigError, ImageError
+from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.correspondences import Correspondences, DecodeMode, decode_correspondences
 from picopose_ros.geometry.crops import (
@@ -25,9 +25,10 @@ from picopose_ros.geometry.crops import (
 )
 from picopose_ros.geometry.pnp import PoseSolution, pose_covariance, solve_pose
 from picopose_ros.geometry.poses import pose_from_affine
-from picopose_ros.model import Features, PicoPose, load_model
+from picopose_ros.model import Features, PicoPose, load_model, model_fingerprint
 from picopose_ros.segmentation import Segment
-from picopose_ros.templates.bank import TemplateBank
+from picopose_ros.templates.bank import Onboarding, TemplateBank, load_or_build, onboard
+from picopose_ros.templates.meshes import discover_objects
 
 _log = logging.getLogger(__name__)
 
@@ -248,11 +249,12 @@ class PoseEstimator:
         Raises:
             MeshError, CheckpointError, ConfigError, RenderError: what can't be used, where and what to do.
         """
-        from picopose_ros.templates.bank import onboard
-
         settings = EstimatorSettings(hypotheses=hypotheses)
         model = load_model(preset, weights, torch_device(device))
-        onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
+        if callable(progress):
+            onboarding = _onboard_telling(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
+        else:
+            onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {
             alias: class_id
             for class_id, spec in onboarding.specs.items()
@@ -519,6 +521,36 @@ def _check_image(rgb: np.ndarray, camera: CameraModel) -> None:
             f"the camera is calibrated for {camera.width}x{camera.height}, the image is {width}x{height}; "
             "scale the intrinsics or send the image they belong to"
         )
+
+
+def _onboard_telling(
+    mesh_dir: str | Path,
+    model: PicoPose,
+    viewpoints: int,
+    unit: str,
+    cache_dir: str | Path | None,
+    device: str | torch.device,
+    tell: Progress,
+) -> Onboarding:
+    """:func:`onboard`, telling about every object before and after it."""
+    specs = {spec.class_id: spec for spec in discover_objects(mesh_dir, unit)}
+    fingerprint = model_fingerprint(model)
+    result = Onboarding({}, specs, {})
+    for done, (class_id, spec) in enumerate(specs.items()):
+        tell(class_id, done, len(specs))
+        try:
+            bank = load_or_build(spec, model, viewpoints, cache_dir, device, fingerprint=fingerprint)
+        except MeshError as error:
+            result.failed[class_id] = str(error)
+            _log.error("object '%s' is left out: %s", class_id, error)
+        else:
+            result.banks[class_id] = bank
+            for warning in bank.warnings:
+                _log.warning(warning)
+        tell(class_id, done + 1, len(specs))
+    if not result.banks:
+        raise MeshError(f"no object of {mesh_dir} can be used: " + "; ".join(result.failed.values()))
+    return result
 
 
 def _concatenate(parts: Sequence[Features]) -> Features:

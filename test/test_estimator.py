@@ -8,13 +8,21 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 import trimesh
 from oracle import OracleModel, Placed
 
-from picopose_ros.errors import CameraError, ConfigError, ImageError
-from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator, hypothesis_quality
+from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
+from picopose_ros.estimator import (
+    EstimatorSettings,
+    ObjectPose,
+    PoseEstimator,
+    hypothesis_quality,
+    torch_device,
+)
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
+from picopose_ros.model import PRESETS, PicoPose, save_model
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
@@ -323,3 +331,68 @@ def test_a_camera_that_does_not_fit_is_refused(world):
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EstimatorSettings(**wrong)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An untrained network: from_mesh_dir doesn't ask how good it is."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_model(PicoPose(PRESETS["tiny"]), path)
+    return path
+
+
+def test_from_mesh_dir_tells_how_far_it_is_and_knows_aliases(tmp_path, weights, meshes):
+    folder = tmp_path / "meshes"
+    folder.mkdir()
+    for name, mesh in meshes.items():
+        (folder / f"{name}.ply").write_bytes(mesh.spec.path.read_bytes())
+    (folder / "broken.ply").write_text("no mesh")
+    (folder / "objects.yaml").write_text('cone: {class_ids: ["5"]}\n')
+    told = []
+    options = {"weights": weights, "viewpoints": 42, "cache_dir": tmp_path / "cache", "hypotheses": 2}
+    estimator = PoseEstimator.from_mesh_dir(folder, progress=lambda *step: told.append(step), **options)
+    assert sorted(estimator.banks) == ["bracket", "cone"]
+    assert told == [(n, k + i, 3) for k, n in enumerate(("bracket", "broken", "cone")) for i in (0, 1)]
+    assert estimator.settings.hypotheses == 2
+
+    # A real network, untrained: whatever comes out is a pose of the class, within its bounds.
+    mask = np.zeros((480, 640), bool)
+    mask[200:300, 250:400] = True
+    rgb = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    result = estimator.estimate(rgb, PINHOLE, [Segment("5", 1.0, mask), Segment("bracket", 1.0, mask)])
+    assert [pose.class_id for pose in result.poses] == ["cone", "bracket"]
+    for pose in result.poses:
+        R = pose.T_cam_obj[:3, :3]
+        np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-6)
+        assert np.linalg.det(R) > 0 and 0 <= pose.confidence <= 1
+        assert (np.linalg.eigvalsh(pose.covariance) > 0).all()
+
+    # From the cache, with the bar's form of progress, the same banks come back.
+    again = PoseEstimator.from_mesh_dir(folder, progress=False, **options)
+    for name, bank in estimator.banks.items():
+        np.testing.assert_array_equal(bank.descriptors, again.banks[name].descriptors)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*step):
+        raise Stop
+
+    with pytest.raises(Stop):
+        PoseEstimator.from_mesh_dir(folder, progress=stop, **options)
+
+
+def test_from_mesh_dir_without_a_usable_mesh_says_why(tmp_path, weights):
+    (tmp_path / "broken.ply").write_text("no mesh")
+    for progress in (False, lambda *step: None):
+        with pytest.raises(MeshError, match="broken.ply"):
+            PoseEstimator.from_mesh_dir(
+                tmp_path, weights=weights, cache_dir=tmp_path / "c", progress=progress
+            )
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ConfigError, match=device):
+        torch_device(device)
