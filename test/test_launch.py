@@ -1,0 +1,170 @@
+"""The launch file, without the launch packages (PyPI has none): they are replaced by recorders.
+
+What is checked is what this package decides: which arguments there are, what they turn into, and that every
+name in them exists in the node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from picopose_ros.node.parameters import PARAMETERS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Recorder:
+    """Stands for any class of the launch packages: keeps what it was made with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+
+class LaunchConfiguration(Recorder):
+    def perform(self, context: dict[str, str]) -> str:
+        return context[self.args[0]]
+
+
+class DeclareLaunchArgument(Recorder):
+    pass
+
+
+class OpaqueFunction(Recorder):
+    pass
+
+
+class ParameterValue(Recorder):
+    pass
+
+
+class Node(Recorder):
+    pass
+
+
+@pytest.fixture
+def launch_file(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    names = {
+        "launch": {"LaunchContext": dict, "LaunchDescription": list},
+        "launch.actions": {"DeclareLaunchArgument": DeclareLaunchArgument, "OpaqueFunction": OpaqueFunction},
+        "launch.conditions": {"IfCondition": Recorder},
+        "launch.substitutions": {"LaunchConfiguration": LaunchConfiguration},
+        "launch_ros": {},
+        "launch_ros.actions": {"Node": Node},
+        "launch_ros.parameter_descriptions": {"ParameterValue": ParameterValue},
+    }
+    for name, contents in names.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("AMENT_PREFIX_PATH", sys.prefix)
+    spec = importlib.util.spec_from_file_location("picopose_launch", ROOT / "launch" / "picopose.launch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resolve(value: Any, context: dict[str, str]) -> Any:
+    """What a recorded value stands for once the arguments have values."""
+    if isinstance(value, LaunchConfiguration):
+        return value.perform(context)
+    if isinstance(value, ParameterValue):
+        text = resolve(value.args[0], context)
+        return {"true": True, "false": False}[text] if value.kwargs["value_type"] is bool else text
+    if isinstance(value, Recorder):
+        return [resolve(v, context) for v in value.args]
+    if isinstance(value, dict):
+        return {key: resolve(v, context) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [resolve(v, context) for v in value]
+    return value
+
+
+def start(module: types.ModuleType, **given: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of the two nodes, picopose_node's and rviz2's, for a command line."""
+    description = module.generate_launch_description()
+    declared = [a for a in description if isinstance(a, DeclareLaunchArgument)]
+    context = {a.args[0]: a.kwargs["default_value"] for a in declared}
+    assert set(given) <= set(context), "an argument that is not declared"
+    context.update(given)
+    (opaque,) = [a for a in description if isinstance(a, OpaqueFunction)]
+    nodes = opaque.kwargs["function"](context, *opaque.kwargs["args"])
+    picopose, rviz = [resolve(node.kwargs, context) for node in nodes]
+    return picopose, rviz
+
+
+def test_every_argument_is_declared_and_described(launch_file: types.ModuleType) -> None:
+    declared = [a for a in launch_file.generate_launch_description() if isinstance(a, DeclareLaunchArgument)]
+    assert {a.args[0] for a in declared} == {
+        "mesh_dir", "weights", "preset", "device", "namespace", "image", "camera_info", "segmentation",
+        "params_file", "use_sim_time", "rviz",
+    }  # fmt: skip
+    for argument in declared:
+        assert len(argument.kwargs["description"]) > 10, argument.args
+
+
+def test_without_arguments_the_parameter_file_decides(launch_file: types.ModuleType) -> None:
+    node, rviz = start(launch_file)
+    assert node["package"] == "picopose_ros" and node["executable"] == "picopose_node"
+    params_file, overrides = node["parameters"]
+    assert overrides == {}
+    parameters = yaml.safe_load(Path(params_file).read_text())["/**"]["ros__parameters"]
+    assert set(parameters) == {spec.name for spec in PARAMETERS}
+    assert node["namespace"] == ""
+    assert all(inner == outer for inner, outer in node["remappings"])
+    assert rviz["condition"] == ["false"]
+
+
+def test_arguments_override_the_parameter_file(launch_file: types.ModuleType) -> None:
+    node, rviz = start(
+        launch_file,
+        mesh_dir="2024",
+        weights="w.safetensors",
+        preset="vitl",
+        device="cuda:1",
+        use_sim_time="true",
+        params_file="mine.yaml",
+        namespace="left",
+        rviz="true",
+    )
+    params_file, overrides = node["parameters"]
+    assert params_file == "mine.yaml"
+    assert overrides == {
+        "mesh_dir": "2024",  # a string, though YAML would read a number
+        "weights": "w.safetensors",
+        "preset": "vitl",
+        "device": "cuda:1",
+        "use_sim_time": True,
+    }
+    assert node["namespace"] == rviz["namespace"] == "left"
+    assert rviz["parameters"] == [{"use_sim_time": True}]
+    assert rviz["condition"] == ["true"]
+
+
+def test_parameters_exist_in_the_node(launch_file: types.ModuleType) -> None:
+    # rclpy itself declares use_sim_time.
+    assert set(launch_file.PARAMETERS) - {"use_sim_time"} <= {spec.name for spec in PARAMETERS}
+
+
+def test_topics_are_remapped_for_the_node_and_for_rviz(launch_file: types.ModuleType) -> None:
+    topics = {"image": "/cam/image_raw", "camera_info": "/cam/camera_info", "segmentation": "/masks"}
+    node, rviz = start(launch_file, **topics)
+    assert {inner: outer for inner, outer in node["remappings"]} == topics
+    assert node["remappings"] == rviz["remappings"]
+
+
+def test_rviz_shows_what_the_node_takes_and_sends(launch_file: types.ModuleType) -> None:
+    _, rviz = start(launch_file)
+    flag, config = rviz["arguments"]
+    assert flag == "-d"
+    displays = yaml.safe_load(Path(config).read_text())["Visualization Manager"]["Displays"]
+    topics = {display["Topic"]["Value"] for display in displays if "Topic" in display}
+    assert topics == {"image", "detections"}
+    assert "rviz_default_plugins/TF" in {display["Class"] for display in displays}
