@@ -368,8 +368,10 @@ class Client:
         return self.detections(stamp)
 
     def diagnostic_values(self, condition: Callable[[dict[str, str]], object], what: str) -> dict[str, str]:
-        """The node's diagnostics as soon as they fulfil ``condition``."""
+        """The first diagnostics of the node from now on that fulfil ``condition``."""
         name = f"{self.node.get_namespace()}/picopose_node: pose estimation"
+        with self._changed:
+            self.diagnostics.pop(name, None)
 
         def values() -> dict[str, str] | None:
             status = self.diagnostics.get(name)

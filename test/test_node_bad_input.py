@@ -226,11 +226,10 @@ def test_it_is_counted_logged_once_and_the_next_good_frame_is_answered(
     good = client.ask(scene)
     assert [detection.id for detection in good.detections] == ["block_0"]
 
-    values = client.diagnostic_values(
-        lambda v: settled(v) and total(v, (reason,)) > before,
-        f"{reason} to be counted and the rest to settle",
-    )
-    assert values[f"last_{reason}"]
+    # All of a burst but the newest may be overtaken, and counted as that; one by itself is not.
+    client.diagnostic_values(settled, "everything to be answered or counted")
+    BAD[reason][0](client, scene)
+    client.diagnostic_values(lambda v: settled(v) and total(v, (reason,)) > before, f"{reason} to be counted")
     assert node.lines(reason) >= 1
     assert node.lines(reason) - lines <= 1 + int((time.monotonic() - started) / LOG_INTERVAL)
 
@@ -253,7 +252,8 @@ def test_the_image_of_a_segmentation_left_the_buffer(client: Client, node: NodeP
     old = client.send_frame(scene)
 
     def newer_images() -> bool:
-        client.image.publish(image_message(np.zeros((2, 2, 3), np.uint8), client.next_stamp()))
+        for _ in range(8):  # fewer than either side queues
+            client.image.publish(image_message(np.zeros((2, 2, 3), np.uint8), client.next_stamp()))
         values = client.diagnostic_values(lambda v: True, "diagnostics")
         return int(values["images_received"]) > received + BUFFER_IMAGES + 1
 

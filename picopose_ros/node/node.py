@@ -270,8 +270,8 @@ class PicoPoseNode(Node):
             size, other = f"{rgb.shape[1]}x{rgb.shape[0]}", f"{camera.width}x{camera.height}"
             self._drops.record(
                 DropReason.BAD_CAMERA_INFO,
-                f"camera_info on {self._topics['camera_info']} is of an image of {other} pixels, but the image has "
-                f"{size}: use the camera_info that belongs to {self._topics['image']}",
+                f"camera_info on {self._topics['camera_info']} is of an image of {other} pixels, but "
+                f"the image has {size}: use the camera_info that belongs to {self._topics['image']}",
             )
             return
         before = time.monotonic()
