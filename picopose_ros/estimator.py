@@ -63,6 +63,7 @@ class EstimatorSettings:
         ransac_threshold_px: largest reprojection error of an inlier in *crop* pixels, because that is what
             the network's errors scale with; ``reference`` always takes 2 image pixels.
         ransac_iterations: most RANSAC draws; ``reference`` always takes 150.
+        correlated_pairs: so many pairs err together and count as one measurement in the covariance.
         min_mask_pixels: segments with fewer visible pixels are skipped.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of templates that were hypotheses lately.
@@ -70,8 +71,9 @@ class EstimatorSettings:
 
     hypotheses: int = 5
     decode: DecodeMode = "subpixel"
-    ransac_threshold_px: float = 4.0
+    ransac_threshold_px: float = 6.0
     ransac_iterations: int = 1000
+    correlated_pairs: float = 256.0
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 256
@@ -80,8 +82,9 @@ class EstimatorSettings:
         for name in ("hypotheses", "ransac_iterations", "min_mask_pixels", "max_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        if not self.ransac_threshold_px > 0:
-            raise ConfigError(f"ransac_threshold_px is {self.ransac_threshold_px}, it must be positive")
+        for name in ("ransac_threshold_px", "correlated_pairs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive")
         if self.decode not in ("reference", "subpixel"):
             raise ConfigError(f"decode is '{self.decode}', choose 'subpixel' or 'reference'")
 
@@ -398,9 +401,9 @@ class PoseEstimator:
                     inliers = pairs.select(solution.inliers)
                     covariance = pose_covariance(solution.T_cam_obj, inliers.uv, inliers.xyz, camera.K)
                 if covariance is not None:
-                    return _object_pose(
-                        query, hypothesis, solution.T_cam_obj, quality**0.5, covariance, solution
-                    )
+                    # Flow errors are smooth over the grid: thousands of pairs are few independent measurements.
+                    covariance = covariance * self.settings.correlated_pairs
+                    return _object_pose(query, hypothesis, solution.T_cam_obj, quality, covariance, solution)
         return self._from_affine(query, hypotheses, camera)
 
     def _decode(self, query: _Query, hypothesis: _Hypothesis) -> Correspondences:

@@ -302,6 +302,15 @@ def test_an_alias_finds_its_object(world, three):
     check(pose, truths[0].T_cam_obj, 0.1, 0.0005)
 
 
+def test_pairs_that_err_together_widen_the_covariance(world, three):
+    rgb, _, segments = world.picture(three[:1])
+    covariances = [
+        world.estimator(hypotheses=1, correlated_pairs=n).estimate(rgb, PINHOLE, segments).poses[0].covariance
+        for n in (1.0, 50.0)
+    ]
+    np.testing.assert_allclose(covariances[1], 50 * covariances[0], rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -326,7 +335,14 @@ def test_a_camera_that_does_not_fit_is_refused(world):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hypotheses": 0}, {"decode": "best"}, {"ransac_threshold_px": 0.0}, {"max_batch": -1}]
+    "wrong",
+    [
+        {"hypotheses": 0},
+        {"decode": "best"},
+        {"ransac_threshold_px": 0.0},
+        {"correlated_pairs": -1.0},
+        {"max_batch": -1},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
