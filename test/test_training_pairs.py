@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from picopose_ros.geometry.correspondences import decode_correspondences
 from picopose_ros.geometry.pnp import solve_pose
-from picopose_ros.geometry.poses import pose_from_affine, rotation_angle_deg
+from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.training.losses import flow_labels
-from picopose_ros.training.pairs import Difficulty, Sample, draw_sample
+from picopose_ros.training.pairs import Difficulty, PairLabels, Sample, draw_sample, template_centre
 from picopose_ros.training.pool import PoolReader, build_pool
 
 
@@ -55,23 +56,34 @@ def test_labels_through_decode_and_pnp_give_the_true_pose(pool: PoolReader) -> N
     assert worst_shift < 0.0002
 
 
-def test_affine_labels_give_the_true_translation(sample: Sample) -> None:
-    for query, own, labels in zip(sample.queries, sample.own, sample.labels, strict=True):
-        template = sample.templates[own]
-        centre = (template.M_crop_img @ template.K @ (template.T_cam_ctr[:3, 3] / template.T_cam_ctr[2, 3]))[
-            :2
-        ]
-        affine = compose_affine(
-            torch.from_numpy(labels.translation)[None].double(),
-            torch.tensor([labels.scale]).double(),
-            torch.tensor([[np.cos(labels.angle), np.sin(labels.angle)]]),
-            torch.from_numpy(centre)[None].double(),
-        )[0].numpy()
-        pose = pose_from_affine(
-            affine, query.M_crop_img, template.M_crop_img, query.K, template.K, template.T_cam_ctr
+def test_affine_labels_are_the_best_similarity(sample: Sample) -> None:
+    axis = np.floor((np.arange(64) + 0.5) * 3.5)
+    pixels = np.stack([*np.meshgrid(axis, axis), np.ones((64, 64))]).reshape(3, -1)
+    for own, labels in zip(sample.own, sample.labels, strict=True):
+        assert labels.usable
+        valid = labels.valid > 0
+        expected, _ = cv2.estimateAffinePartial2D(
+            pixels[:2].T.reshape(64, 64, 2)[valid], labels.position[:, valid].T, method=cv2.LMEDS
         )
-        shift = np.linalg.norm(pose[:3, 3] - query.T_cam_ctr[:3, 3])
-        assert shift < 1e-3 * query.T_cam_ctr[2, 3]
+
+        def error(
+            translation: np.ndarray, scale: float, angle: float, own: int = own, labels: PairLabels = labels
+        ) -> float:
+            affine = compose_affine(
+                torch.tensor(np.asarray(translation))[None].double(),
+                torch.tensor([scale]).double(),
+                torch.tensor([[np.cos(angle), np.sin(angle)]]),
+                torch.from_numpy(template_centre(sample.templates[own]))[None].double(),
+            )[0].numpy()
+            moved = (affine @ pixels)[:2].reshape(2, 64, 64)
+            return float(((moved - labels.position)[:, labels.valid > 0] ** 2).sum(0).mean())
+
+        best = error(labels.translation, labels.scale, labels.angle)
+        robust = ((expected @ pixels).reshape(2, 64, 64) - labels.position)[:, valid]
+        assert best <= (robust**2).sum(0).mean() * (1 + 1e-6)
+        assert best < error(labels.translation, labels.scale, labels.angle + 0.02)
+        assert best < error(labels.translation, labels.scale * 1.02, labels.angle)
+        assert best < error(labels.translation + np.array([0.05, 0]), labels.scale, labels.angle)
 
 
 def test_a_wrong_template_is_labelled_mostly_invisible(sample: Sample) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,31 +26,96 @@ def correspondence_map(query: Tensor, template: Tensor, template_mask: Tensor) -
     return similarity.unflatten(2, (side, side)).transpose(2, 3)
 
 
+@dataclass
+class Anchor:
+    """The similarity transform that most patch matches of a pair agree on, about the object's centre."""
+
+    translation: Tensor
+    """(B, 2) tau, units of 14 crop px."""
+    scale: Tensor
+    """(B,)."""
+    cos_sin: Tensor
+    """(B, 2)."""
+
+
+_SOFT_CHANNELS = 7
+"""Channels of the soft correspondence map beside the 256 probabilities."""
+_FIT_SCALES_PX = (60.0, 40.0, 25.0, 20.0, 15.0, 15.0)
+"""Residual at which a match counts a quarter, per round of the anchor's fit."""
+
+
+def _fit_similarity(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted least-squares similarity source -> target: linear part (B, 2, 2) and shift (B, 2)."""
+    weight = weight[..., None]
+    total = weight.sum(1, keepdim=True).clamp(min=1e-6)
+    mean_source = (weight * source).sum(1, keepdim=True) / total
+    mean_target = (weight * target).sum(1, keepdim=True) / total
+    a, b = source - mean_source, target - mean_target
+    spread = (weight * a * a).sum((1, 2)).clamp(min=1e-6)
+    cos = (weight * a * b).sum((1, 2)) / spread
+    sin = (weight[..., 0] * (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0])).sum(1) / spread
+    linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+    return linear, mean_target[:, 0] - (linear @ mean_source[:, 0, :, None])[..., 0]
+
+
 def soft_correspondence_map(
-    query: Tensor, template: Tensor, query_mask: Tensor, template_mask: Tensor, temperature: Tensor
-) -> Tensor:
-    """Where each template patch goes, as a distribution over the crop's foreground patches.
+    query: Tensor,
+    template: Tensor,
+    query_mask: Tensor,
+    template_mask: Tensor,
+    temperature: Tensor,
+    centre: Tensor,
+) -> tuple[Tensor, Anchor]:
+    """Where each template patch goes, and the similarity transform that most of them agree on.
+
+    The anchor is fitted to every template patch's best match by iteratively reweighted least squares with
+    a redescending weight that tightens round by round, so that many matches may be wrong.
 
     Args:
         query: (B, C, 256) unit vectors. template: (B, C, 256). query_mask, template_mask: (B, 16, 16).
+        centre: (B, 2) the object's centre in the template crop, px.
     Returns:
-        (B, 260, 16, 16) on the template's grid: 256 probabilities, their mean position (x, y) in
-        [-1, 1], their maximum, the template's mask.
+        (B, 263, 16, 16) on the template's grid: 256 probabilities, their mean position (x, y) in [-1, 1],
+        their maximum, the template's mask, the best match's offset (x, y) from the anchor in units of
+        56 px, its weight in the fit. And the anchor.
     """
     side = GRIDS[0]
-    logits = torch.einsum("bcs,bct->bst", template, query).float() / temperature
-    logits = logits.masked_fill(query_mask.flatten(1)[:, None] == 0, -1e4)
-    probability = logits.softmax(2) * template_mask.flatten(1)[:, :, None]
-    axis = (torch.arange(side, device=query.device, dtype=torch.float32) + 0.5) * 2 / side - 1
+    inside = template_mask.flatten(1)
+    similarity = torch.einsum("bcs,bct->bst", template, query).float()
+    similarity = similarity.masked_fill(query_mask.flatten(1)[:, None] == 0, -1e4)
+    probability = (similarity / temperature).softmax(2) * inside[..., None]
+    axis = (torch.arange(side, device=query.device, dtype=torch.float32) + 0.5) * CELL - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    position = probability @ torch.stack([x.flatten(), y.flatten()], 1)
+    pixels = torch.stack([x.flatten(), y.flatten()], 1)
+
+    # Sharper than the probabilities: a match counts by how much better it is than its rivals.
+    confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
+    source, target = pixels.expand(len(query), -1, -1), pixels[similarity.argmax(2)]
+    weight = confidence
+    linear, shift = _fit_similarity(source, target, weight)
+    for scale_px in _FIT_SCALES_PX:
+        residual = target - source @ linear.transpose(1, 2) - shift[:, None]
+        squared = residual.square().sum(2)
+        weight = confidence * (scale_px**2 / (scale_px**2 + squared)) ** 2
+        linear, shift = _fit_similarity(source, target, weight)
+    residual = target - source @ linear.transpose(1, 2) - shift[:, None]
+
+    size = linear[:, :, 0].norm(dim=1)
+    moved = (linear @ centre[:, :, None])[..., 0] + shift - centre
+    anchor = Anchor(
+        translation=(moved / CELL).clamp(-6, 6),
+        scale=size.clamp(0.4, 2.5),
+        cos_sin=linear[:, :, 0] / size.clamp(min=1e-6)[:, None],
+    )
     parts = [
         4 * probability,
-        position,
+        probability @ (pixels * 2 / CROP_SIZE - 1),
         probability.amax(2, keepdim=True),
-        template_mask.flatten(1)[:, :, None],
+        inside[..., None],
+        (residual / 56).clamp(-2, 2) * inside[..., None],
+        weight[..., None],
     ]
-    return torch.cat(parts, 2).transpose(1, 2).unflatten(2, (side, side))
+    return torch.cat(parts, 2).transpose(1, 2).unflatten(2, (side, side)), anchor
 
 
 def compose_affine(translation: Tensor, scale: Tensor, cos_sin: Tensor, centre: Tensor) -> Tensor:
@@ -82,7 +149,7 @@ class AffineRegressor(nn.Module):
     def __init__(self, config: AffineConfig) -> None:
         super().__init__()
         self.log_scale = config.log_scale
-        channels = GRIDS[0] ** 2 + (4 if config.input == "softmax" else 0)
+        channels = GRIDS[0] ** 2 + (_SOFT_CHANNELS if config.input == "softmax" else 0)
         width = config.width
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 1),
@@ -98,9 +165,21 @@ class AffineRegressor(nn.Module):
         self.translation = _mlp(second, 2)
         self.scale = _mlp(second, 1)
         self.inplane = _mlp(second, 2)
+        if config.input == "softmax":  # corrections of the anchor: start at none
+            for head in (self.translation, self.scale, self.inplane):
+                nn.init.normal_(head[-1].weight, std=1e-3)
+                nn.init.zeros_(head[-1].bias)
+            with torch.no_grad():
+                self.inplane[-1].bias[0] = 1.0
 
-    def forward(self, correspondence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, K, 16, 16) -> translation (B, 2) in 14 crop px, scale (B,), in-plane (cos, sin) (B, 2)."""
+    def forward(self, correspondence: Tensor, anchor: Anchor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Regress the affine, or with an anchor its correction.
+
+        Args:
+            correspondence: (B, K, 16, 16). anchor: where one is known.
+        Returns:
+            Translation (B, 2) in 14 crop px, scale (B,), in-plane (cos, sin) (B, 2).
+        """
         x = self.features(correspondence).flatten(1)
         x = F.leaky_relu(self.fc1(x), 0.1)
         x = F.leaky_relu(self.fc2(x), 0.1)
@@ -108,17 +187,24 @@ class AffineRegressor(nn.Module):
         if self.log_scale:
             scale = scale.clamp(-2.5, 2.5).exp()
         inplane = F.normalize(torch.tanh(self.inplane(x).float()), dim=1)
-        return self.translation(x).float(), scale, inplane
+        translation = self.translation(x).float()
+        if anchor is None:
+            return translation, scale, inplane
+        cos, sin = anchor.cos_sin.unbind(1)
+        turned = torch.stack(
+            [cos * inplane[:, 0] - sin * inplane[:, 1], sin * inplane[:, 0] + cos * inplane[:, 1]], 1
+        )
+        return anchor.translation + translation, anchor.scale * scale, turned
 
 
-def initial_flow(affine: Tensor, template_mask: Tensor) -> Tensor:
+def initial_flow(affine: Tensor, template_mask: Tensor | None) -> Tensor:
     """The affine as a flow on the template's 16x16 grid (paper Eq. 3, template -> query).
 
     Args:
-        affine: (B, 3, 3) template crop px -> query crop px. template_mask: (B, 16, 16) in {0, 1}.
+        affine: (B, 3, 3) template crop px -> query crop px. template_mask: (B, 16, 16) in {0, 1}, or None.
     Returns:
         (B, 2, 16, 16) flow (x, y) in cells. A cell's position is its integer index while the target is
-        crop px / 14, so the identity has flow 0.5; cells outside the mask point to (0, 0).
+        crop px / 14, so the identity has flow 0.5; cells outside a given mask point to (0, 0).
     """
     side = GRIDS[0]
     axis = torch.arange(side, device=affine.device, dtype=affine.dtype)
@@ -127,4 +213,6 @@ def initial_flow(affine: Tensor, template_mask: Tensor) -> Tensor:
     centres[:2] = (centres[:2] + 0.5) * (CROP_SIZE / side)
     centres[2] = 1
     target = (affine[:, :2] @ centres).unflatten(2, (side, side)) / (CROP_SIZE / side)
-    return target * template_mask[:, None] - torch.stack([x, y])
+    if template_mask is not None:
+        target = target * template_mask[:, None]
+    return target - torch.stack([x, y])

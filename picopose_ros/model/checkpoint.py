@@ -109,8 +109,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"weights file {path} is a torch checkpoint that is truncated or holds more than tensors, and "
-                f"is not unpickled for safety ({type(error).__name__}); convert it to .safetensors first"
+                f"weights file {path} is a torch checkpoint that is cut short or holds more than tensors, "
+                f"and is not unpickled for safety ({type(error).__name__}); convert it to .safetensors first"
             ) from error
         state = content.get("state_dict", content) if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

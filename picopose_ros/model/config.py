@@ -70,8 +70,9 @@ class AffineConfig:
     """Stage 2: correspondence map -> in-plane rotation, scale, translation."""
 
     input: Literal["cosine", "softmax"]
-    """`cosine`: the clamped similarity itself, as in the paper. `softmax`: per template patch the
-    distribution over query patches, its mean position, its maximum and the template mask."""
+    """`cosine`: the clamped similarity itself, as in the paper. `softmax`: per template patch its
+    distribution over query patches, and the anchor: the similarity transform that most best matches agree
+    on, which the network then corrects instead of starting from nothing."""
     width: int
     hidden: tuple[int, int]
     log_scale: bool

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from picopose_ros.model.affine import (
     AffineRegressor,
+    Anchor,
     compose_affine,
     correspondence_map,
     initial_flow,
@@ -115,12 +116,19 @@ class PicoPose(nn.Module):
         )
 
     def correspond(
-        self, query: Tensor, template: Tensor, query_patches: Tensor, template_patches: Tensor
-    ) -> Tensor:
-        """Stage 2's input from descriptors (B, C, 256) and patch masks (B, 16, 16)."""
+        self,
+        query: Tensor,
+        template: Tensor,
+        query_patches: Tensor,
+        template_patches: Tensor,
+        template_centre: Tensor,
+    ) -> tuple[Tensor, Anchor | None]:
+        """Stage 2's input from descriptors (B, C, 256), patch masks (B, 16, 16) and centres (B, 2)."""
         if self.config.affine.input == "cosine":
-            return correspondence_map(query, template, template_patches)
-        return soft_correspondence_map(query, template, query_patches, template_patches, self.temperature)
+            return correspondence_map(query, template, template_patches), None
+        return soft_correspondence_map(
+            query, template, query_patches, template_patches, self.temperature, template_centre
+        )
 
     def refine(
         self,
@@ -130,7 +138,9 @@ class PicoPose(nn.Module):
         template_patches: Tensor,
     ) -> list[OffsetLevel]:
         """Stage 3 from an affine, given both pyramids and the template's patch mask (B, 16, 16)."""
-        flow = initial_flow(affine, template_patches)
+        # With half-pixel grids the affine holds everywhere: a border of cells that point to a corner would
+        # bleed into the object when the flow is upsampled.
+        flow = initial_flow(affine, None if self.config.offsets.half_pixel else template_patches)
         return self.offsets(template, query, flow, template_patches[:, None])
 
     def regress(
@@ -148,10 +158,10 @@ class PicoPose(nn.Module):
             template_centre: (B, 2) the object's centre in the template crop, px.
         """
         query_patches, template_patches = patch_mask(query_mask), patch_mask(template_mask)
-        correspondence = self.correspond(
-            query.descriptors, template.descriptors, query_patches, template_patches
+        correspondence, anchor = self.correspond(
+            query.descriptors, template.descriptors, query_patches, template_patches, template_centre
         )
-        translation, scale, cos_sin = self.affine(correspondence)
+        translation, scale, cos_sin = self.affine(correspondence, anchor)
         affine = compose_affine(translation, scale, cos_sin, template_centre)
         levels = self.refine(self.pyramid(query.taps), self.pyramid(template.taps), affine, template_patches)
         return Refinement(correspondence, translation, scale, cos_sin, affine, levels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picopose_ros.geometry.crops import normalise_crop
 from picopose_ros.training.losses import AffineLabels
-from picopose_ros.training.pairs import Difficulty, PairLabels, draw_sample
+from picopose_ros.training.pairs import Difficulty, PairLabels, draw_sample, template_centre
 from picopose_ros.training.pool import PoolReader, TemplateView
 
 
@@ -44,11 +44,11 @@ class Batch:
     translation: Tensor
     scale: Tensor
     angle: Tensor
-    same_side: Tensor
+    usable: Tensor
 
     def affine_labels(self) -> AffineLabels:
         """Ground truth of stage 2 against the own template."""
-        return AffineLabels(self.translation, self.scale, self.angle, self.same_side)
+        return AffineLabels(self.translation, self.scale, self.angle, self.usable)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
@@ -57,11 +57,6 @@ class Batch:
 
 def _normalised(crops: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([normalise_crop(rgb.astype(np.float32) / 255) for rgb in crops]))
-
-
-def _centre(template: TemplateView) -> np.ndarray:
-    pose = template.T_cam_ctr
-    return (template.M_crop_img @ (template.K @ (pose[:3, 3] / pose[2, 3])))[:2].astype(np.float32)
 
 
 def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty: Difficulty) -> Batch:
@@ -93,7 +88,7 @@ def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty:
     return Batch(
         template_rgb=_normalised([t.rgb for t in templates]),
         template_mask=stack([t.mask for t in templates]).float(),
-        template_centre=stack([_centre(t) for t in templates]),
+        template_centre=stack([template_centre(t) for t in templates]),
         query_rgb=_normalised(rgb),
         query_mask=stack(masks).float(),
         own=torch.tensor(own),
@@ -105,7 +100,7 @@ def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty:
         translation=stack([pair.translation for pair in labels]),
         scale=vector([pair.scale for pair in labels]),
         angle=vector([pair.angle for pair in labels]),
-        same_side=vector([pair.same_side for pair in labels]),
+        usable=vector([pair.usable for pair in labels]),
     )
 
 

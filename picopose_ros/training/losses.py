@@ -63,15 +63,14 @@ def flow_labels(position: Tensor, grid: int) -> Tensor:
     return (position - 0.5) * (grid / CROP_SIZE) - grid_positions(grid, position)
 
 
-def soft_patch_targets(position: Tensor, valid: Tensor) -> Tensor:
-    """Each template patch's label as weights on the four nearest query patches.
+def soft_patch_targets(position: Tensor, valid: Tensor, side: int = GRIDS[0]) -> Tensor:
+    """Each template cell's label as weights on the four nearest query cells.
 
     Args:
-        position: (B, 2, 16, 16) query crop px. valid: (B, 16, 16).
+        position: (B, 2, ...) query crop px of n template cells. valid: (B, ...). side: of the query's grid.
     Returns:
-        (B, 256, 256) weights [template patch, query patch], rows sum to 1 or (invalid) 0.
+        (B, n, side^2) weights [template cell, query cell], rows sum to 1 or (invalid) 0.
     """
-    side = GRIDS[0]
     cell = CROP_SIZE / side
     x, y = (((position + 0.5) / cell - 0.5).clamp(0, side - 1)).flatten(2).unbind(1)
     x0, y0 = x.floor().clamp(max=side - 2), y.floor().clamp(max=side - 2)
@@ -143,6 +142,31 @@ def offset_loss(
         flow_sum = flow_sum + (error * counted).sum() / counted.sum().clamp(min=1)
         certainty_sum = certainty_sum + F.binary_cross_entropy_with_logits(level.certainty[:, 0], counted)
     return {"flow": flow_sum, "certainty": certainty_sum}
+
+
+def correlation_loss(
+    levels: list[OffsetLevel], position: Tensor, valid: Tensor, temperature: float = 0.07, cells: int = 256
+) -> Tensor:
+    """Contrastive loss on the features that stage 3 correlates: the mean over the three grids.
+
+    The flow loss alone reaches them only through the look-up windows, and teaches them slowly.
+
+    Args:
+        position: (B, 2, 64, 64) query crop px. valid: (B, 64, 64). cells: most template cells per grid,
+            evenly spread, for the sake of time.
+    """
+    total = 0.0
+    for level in levels:
+        side = level.flow.shape[-1]
+        at, seen = labels_at(position, valid, side)
+        step = max(1, side * side // cells)
+        at, seen = at.flatten(2)[..., ::step], seen.flatten(1)[:, ::step]
+        template = F.normalize(level.template.float(), dim=1).flatten(2)[..., ::step]
+        query = F.normalize(level.query.float(), dim=1).flatten(2)
+        target = soft_patch_targets(at, seen, side)
+        logits = (template.transpose(1, 2) @ query / temperature).log_softmax(2)
+        total = total - (target * logits).sum() / target.sum().clamp(min=1)
+    return total / len(levels)
 
 
 def noised_affine(labels: AffineLabels, generator: torch.Generator | None = None) -> AffineLabels:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from scipy.spatial.transform import Rotation
 
-from picopose_ros.geometry.crops import CROP_SIZE, crop_box_from_mask, crop_mask
+from picopose_ros.geometry.crops import CELL, CROP_SIZE, GRID, crop_box_from_mask, crop_mask
 from picopose_ros.training.augment import background, degrade_mask, occluder, photometric, relight
 from picopose_ros.training.pool import QUERY_SIZE, PoolReader, QueryView, TemplateView
 
@@ -20,8 +19,8 @@ _CANVAS = 384
 """Side of the virtual image that a turned query view fits into."""
 _DEPTH_TOLERANCE = 0.012
 """A surface point counts as visible where the query's depth is nearer than this share of the diagonal."""
-_SAME_SIDE_DEG = 45.0
-"""Beyond this angle between the views the template shows another side and no affine is right."""
+_MIN_FIT_CELLS = 40
+"""With fewer visible cells than this no affine is right: the template shows another side."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class PairLabels:
     scale: float
     angle: float
     """Radians."""
-    same_side: float
+    usable: float
     """1 where stage 2 has a right answer, else 0."""
 
 
@@ -166,29 +165,49 @@ def pair_labels(template: TemplateView, query: QueryCrop, diagonal: float) -> Pa
     position = virtual @ M[:2, :2].T + M[:2, 2]
     valid &= ((position >= 0) & (position <= CROP_SIZE - 1)).all(-1)
 
-    def centre(M_crop_img: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
-        return (M_crop_img @ (K @ (pose[:3, 3] / pose[2, 3])))[:2]
-
-    P = query.T_cam_ctr
-    relative = P[:3, :3] @ T[:3, :3].T
-    away = np.degrees(np.arccos(np.clip(_direction(P) @ _direction(T), -1, 1)))
-    scale = T[2, 3] / P[2, 3] * M[0, 0] / template.M_crop_img[0, 0] * query.K[0, 0] / template.K[0, 0]
+    translation, scale, angle = fit_affine(position, valid, template_centre(template))
     return PairLabels(
         position=position.transpose(2, 0, 1).astype(np.float32),
         valid=valid.astype(np.float32),
-        translation=((centre(M, query.K, P) - centre(template.M_crop_img, template.K, T)) / 14).astype(
-            np.float32
-        ),
-        scale=float(scale),
-        angle=float(Rotation.from_matrix(relative).as_euler("zxy")[0]),
-        same_side=float(away < _SAME_SIDE_DEG),
+        translation=translation.astype(np.float32),
+        scale=scale,
+        angle=angle,
+        usable=float(valid.sum() >= _MIN_FIT_CELLS),
     )
 
 
-def _direction(pose: np.ndarray) -> np.ndarray:
-    """Unit vector from the object's centre to the camera, in the object's frame."""
-    position = -pose[:3, :3].T @ pose[:3, 3]
-    return position / np.linalg.norm(position)
+def template_centre(template: TemplateView) -> np.ndarray:
+    """(2,) the object's centre in the template crop, px."""
+    point = template.K @ (template.T_cam_ctr[:3, 3] / template.T_cam_ctr[2, 3])
+    return (template.M_crop_img @ point)[:2].astype(np.float32)
+
+
+def fit_affine(
+    position: np.ndarray, valid: np.ndarray, centre: np.ndarray
+) -> tuple[np.ndarray, float, float]:
+    """Stage 2's labels: the similarity transform that fits the true correspondences best.
+
+    The released network's labels come from the relative pose instead; between views that differ by ten or
+    twenty degrees those leave twice the distance for stage 3 to bridge.
+
+    Args:
+        position: (64, 64, 2) query crop px. valid: (64, 64) bool. centre: (2,) in the template crop, px.
+    Returns:
+        tau (2,) in units of 14 crop px, scale, angle in radians; no motion where too little is visible.
+    """
+    if valid.sum() < _MIN_FIT_CELLS:
+        return np.zeros(2), 1.0, 0.0
+    axis = np.floor((np.arange(GRID) + 0.5) * CELL)
+    source = np.stack(np.meshgrid(axis, axis), -1)[valid]
+    target = position[valid]
+    # Complex numbers: a similarity is one multiplication and one addition.
+    a, b = source @ [1, 1j], target @ [1, 1j]
+    mean_a, mean_b = a.mean(), b.mean()
+    turn = (np.conj(a - mean_a) @ (b - mean_b)) / max((np.abs(a - mean_a) ** 2).sum(), 1e-6)
+    middle = centre @ [1, 1j]
+    shift = mean_b + turn * (middle - mean_a) - middle
+    scale = float(np.clip(np.abs(turn), 0.05, 20))
+    return np.array([shift.real, shift.imag]) / 14, scale, float(np.angle(turn))
 
 
 @dataclass(frozen=True)

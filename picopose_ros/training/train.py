@@ -31,6 +31,7 @@ from picopose_ros.training.data import Batch, BatchDataset, make_batch
 from picopose_ros.training.losses import (
     AffineLabels,
     affine_loss,
+    correlation_loss,
     infonce,
     labels_at,
     noised_affine,
@@ -69,6 +70,8 @@ class TrainConfig:
     affine_weight: float = 1.0
     flow_weight: float = 0.1
     certainty_weight: float = 1.0
+    correlation_weight: float = 0.3
+    """Of the contrastive loss on stage 3's correlated features; not in the paper."""
     autocast: bool = False
     """bf16 mixed precision: faster on GPUs, slower on CPUs without matrix units."""
     save_every: int = 100
@@ -144,10 +147,14 @@ def training_losses(
 
     truth = batch.affine_labels()
     own = batch.own
-    correspondence = model.correspond(
-        query.detach(), template.detach()[own], query_patches, template_patches[own]
+    correspondence, anchor = model.correspond(
+        query.detach(),
+        template.detach()[own],
+        query_patches,
+        template_patches[own],
+        batch.template_centre[own],
     )
-    translation, scale, cos_sin = model.affine(correspondence.detach())
+    translation, scale, cos_sin = model.affine(correspondence.detach(), anchor)
     for name, value in affine_loss(translation, scale, cos_sin, truth).items():
         losses[name] = config.affine_weight * value
 
@@ -183,6 +190,7 @@ def training_losses(
     offset = offset_loss(levels, position, valid, reach)
     losses["flow"] = config.flow_weight * offset["flow"]
     losses["certainty"] = config.certainty_weight * offset["certainty"]
+    losses["correlation"] = config.correlation_weight * correlation_loss(levels, position, valid)
     return losses
 
 
