@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
+from picopose_ros.instances import InstanceNamer
 from picopose_ros.node.drops import DropLog, DropReason
-from picopose_ros.node.instances import InstanceNamer
 from picopose_ros.node.pairing import MAX_PENDING, StampPairing, format_stamp
 from picopose_ros.node.worker import NewestWorker
 

@@ -20,8 +20,8 @@ from picopose_ros.cli.options import add_onboarding_arguments, positive
 from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.node.images import image_to_rgb
-from picopose_ros.node.instances import InstanceNamer
+from picopose_ros.images import image_to_rgb
+from picopose_ros.instances import InstanceNamer
 
 _MOST_WARNINGS = 5
 

@@ -23,6 +23,8 @@ from vision_msgs.msg import Detection3DArray
 from picopose_ros.errors import CameraError, ConfigError, ImageError, SegmentError
 from picopose_ros.estimator import ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.images import image_to_rgb
+from picopose_ros.instances import InstanceNamer
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.conversions import (
     camera_from_message,
@@ -33,8 +35,6 @@ from picopose_ros.node.conversions import (
 )
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, diagnostics_message
 from picopose_ros.node.drops import DropLog, DropReason
-from picopose_ros.node.images import image_to_rgb
-from picopose_ros.node.instances import InstanceNamer
 from picopose_ros.node.logs import RosLogHandler
 from picopose_ros.node.pairing import Pair, StampPairing, format_stamp
 from picopose_ros.node.parameters import declare_parameters
