@@ -401,7 +401,7 @@ class PoseEstimator:
                     inliers = pairs.select(solution.inliers)
                     covariance = pose_covariance(solution.T_cam_obj, inliers.uv, inliers.xyz, camera.K)
                 if covariance is not None:
-                    # Flow errors are smooth over the grid: thousands of pairs are few independent measurements.
+                    # Flow errors are smooth over the grid: many pairs are few independent measurements.
                     covariance = covariance * self.settings.correlated_pairs
                     return _object_pose(query, hypothesis, solution.T_cam_obj, quality, covariance, solution)
         return self._from_affine(query, hypotheses, camera)
