@@ -30,6 +30,7 @@ COMMANDS = {
     "onboard": Command("picopose_ros.cli.onboard", "make the templates of a folder of meshes"),
     "estimate": Command("picopose_ros.cli.estimate", "poses of the segments of one image"),
     "bag": Command("picopose_ros.cli.bag", "a recording in, the same with poses out", "configure"),
+    "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
     "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
 }
 

@@ -10,6 +10,7 @@ depth ``z_centre + diagonal * ((q - 1) / 65534 - 0.5)``, so that it is off by at
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -460,3 +461,21 @@ class PoolReader:
             names = json.loads(_families(self.folder, index).read_text())
             self._names[index] = (tuple(names["shapes"]), tuple(names["textures"]))
         return self._names[index]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `picopose pool`."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="the pool's folder; an interrupted one goes on")
+    parser.add_argument("--objects", type=int, default=900, help="number of objects (900: 8.3 GB)")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help=f"of the objects; from {VALIDATION_SEED} on for validation"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that render side by side")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`picopose pool`."""
+    build_pool(args.out, args.objects, args.first_seed, workers=args.workers)
+    reader = PoolReader(args.out)
+    print(f"{args.out}: {len(reader.objects)} of {args.objects} objects, {len(reader)} clusters")
+    return 0
