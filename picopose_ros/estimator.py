@@ -63,7 +63,8 @@ class EstimatorSettings:
         ransac_threshold_px: largest reprojection error of an inlier in *crop* pixels, because that is what
             the network's errors scale with; ``reference`` always takes 2 image pixels.
         ransac_iterations: most RANSAC draws; ``reference`` always takes 150.
-        correlated_pairs: so many pairs err together and count as one measurement in the covariance.
+        correlated_pairs: so many pairs err together and count as one measurement in the covariance; measured
+            with the tiny preset on the demo's frames, depth bias included.
         min_mask_pixels: segments with fewer visible pixels are skipped.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of templates that were hypotheses lately.
@@ -71,9 +72,9 @@ class EstimatorSettings:
 
     hypotheses: int = 5
     decode: DecodeMode = "subpixel"
-    ransac_threshold_px: float = 6.0
+    ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000
-    correlated_pairs: float = 256.0
+    correlated_pairs: float = 2000.0
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 256
