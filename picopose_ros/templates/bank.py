@@ -291,7 +291,7 @@ def load_or_build(
     recipe = _recipe(spec, model, count, fingerprint)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     path = folder / _entry_name(spec, model, count)
-    bank = _cached(path, recipe)
+    bank = _cached(path, recipe, logging.DEBUG)  # it is looked at again under the lock
     if bank is not None:
         return bank
     with contextlib.ExitStack() as stack:
@@ -301,7 +301,7 @@ def load_or_build(
         except OSError as error:
             _log.warning("cache folder %s cannot be used (%s): the bank is not kept", folder, error)
             return build_bank(load_object(spec), model, count, device, progress)
-        bank = _cached(path, recipe)  # another process may have built it meanwhile
+        bank = _cached(path, recipe, logging.WARNING)  # another process may have built it meanwhile
         if bank is None:
             bank = build_bank(load_object(spec), model, count, device, progress)
             try:
@@ -401,13 +401,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _cached(path: Path, recipe: dict[str, str]) -> TemplateBank | None:
+def _cached(path: Path, recipe: dict[str, str], level: int) -> TemplateBank | None:
+    """The entry, or None; why it does not count is logged at that level."""
     if not path.is_file():
         return None
     try:
         return _read_entry(path, recipe)
     except CacheError as error:
-        _log.warning("%s", error)
+        _log.log(level, "%s", error)
         return None
 
 
