@@ -101,6 +101,14 @@ def test_reference_pnp_is_the_released_call(released):
         assert solution.inlier_ratio == pytest.approx(released.tensor(f"hyp{h}/pnp_{b}")[12], abs=0.06)
 
 
+def test_best_hypothesis_by_ratio_is_the_released_networks(released):
+    ratios = np.zeros((released.parity.detections, released.parity.hypotheses))
+    for h, b, template in released.hypotheses():
+        pairs = released.decode(f"hyp{h}", b, template, "reference")
+        ratios[b, h] = solve_pose(pairs, released.K, 2.0, 150, refine=False).inlier_ratio
+    np.testing.assert_array_equal(ratios.argmax(1), released.tensor("final/best_hypothesis"))
+
+
 def test_subpixel_decode_of_the_oracle_is_as_exact_as_the_labels(released):
     for b in range(released.parity.detections):
         template = int(released.tensor("raw/near_template")[b])
