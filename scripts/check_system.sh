@@ -28,29 +28,36 @@ missing() { # prints the packages that are missing, one a line
   "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "python$version-venv"
   "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
     echo "python$version-dev"
-  # pyrender draws on EGL. OSMesa, its fallback, is wanted only where there is no EGL.
+  # pyrender draws on EGL; the window toolkit that it imports loads libXrender, even though no window is opened.
   has_library libEGL.so.1 || echo libegl1
   has_library libGL.so.1 || echo libgl1
   has_library libEGL_mesa.so.0 || has_library libEGL_nvidia.so.0 || printf '%s\n' libegl-mesa0 libgl1-mesa-dri
+  has_library libXrender.so.1 || echo libxrender1
 }
+may_install() {
+  command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }
+}
+install() { # packages
+  local apt=(apt-get)
+  [ "$(id -u)" = 0 ] || apt=(sudo -n apt-get)
+  echo "picopose_ros set-up: installing $*"
+  "${apt[@]}" update -qq && DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y -qq --no-install-recommends "$@"
+} >&2
 
 packages="$(missing)"
-[ -n "$packages" ] || exit 0
-# shellcheck disable=SC2086
-set -- $packages
-command="apt-get update && apt-get install -y --no-install-recommends $*"
-hint="Missing on this machine: $*. Install them and run make again:
-  sudo sh -c '$command'"
-if ! command -v apt-get >/dev/null; then
-  fail "Missing on this machine (names of the Debian packages): $*"
-elif [ "$(id -u)" = 0 ]; then
-  run=(sh -c)
-elif sudo -n true 2>/dev/null; then
-  run=(sudo -n sh -c)
-else
-  fail "$hint"
+if [ -n "$packages" ]; then
+  # shellcheck disable=SC2086
+  set -- $packages
+  how="Missing on this machine: $*. Install them and run make again:
+  sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends $*'"
+  may_install || fail "$how"
+  install "$@" || fail "$how"
+  packages="$(missing)"
+  [ -z "$packages" ] || fail "still missing after apt-get install: $packages"
 fi
-echo "picopose_ros set-up: installing $*"
-DEBIAN_FRONTEND=noninteractive "${run[@]}" "$command" >/dev/null || fail "$hint"
-packages="$(missing)"
-[ -z "$packages" ] || fail "still missing after apt-get install: $packages"
+
+# The fallback where EGL finds no driver. New distributions have it no more, so it is no condition.
+if ! has_library libOSMesa.so; then
+  { may_install && install libosmesa6; } ||
+    echo "picopose_ros set-up: libosmesa6 is not here; rendering has EGL alone, and the tests of the fallback fail" >&2
+fi
