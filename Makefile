@@ -7,8 +7,8 @@
 #
 #   ROS=kilted|jazzy            the ROS distribution; each has its own environment
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
-#   TORCH_INDEX=URL             one more place where pip looks for torch: https://download.pytorch.org/whl/cpu has
-#                               builds without CUDA, smaller by gigabytes
+#   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
+#                               builds saves gigabytes
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -43,7 +43,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test lint colcon clean
+.PHONY: setup demo test train lint colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -72,6 +72,12 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 
 demo: setup
 	$(VENV)/bin/python -m picopose_ros.demo
+
+# Hours on two cores, and 9 GB; goes on where it was cut off. Copy runs/tiny/weights.safetensors into the package after.
+train: setup
+	$(VENV)/bin/picopose pool data/pool
+	$(VENV)/bin/picopose pool data/pool_val --objects 48 --first-seed 1000000
+	$(VENV)/bin/picopose train --config config/train_tiny.yaml
 
 lint: setup
 	$(VENV)/bin/ruff check .

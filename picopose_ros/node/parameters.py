@@ -75,8 +75,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ),
     ParameterSpec(
         "min_score",
-        0.0,
-        "Poses with a lower score are not published.",
+        0.2,
+        "Poses with a lower score are not published; wrong ones mostly stay below 0.2.",
         minimum=0.0,
         maximum=1.0,
         dynamic=True,
