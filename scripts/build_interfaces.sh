@@ -8,6 +8,8 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 venv="$(cd "${1:?usage: build_interfaces.sh VENV BUILD_FOLDER}" && pwd)"
 mkdir -p "${2:?usage: build_interfaces.sh VENV BUILD_FOLDER}"
 build="$(cd "$2" && pwd)"
+# make's job server is not for ninja: its pipe is closed here.
+unset MAKEFLAGS MFLAGS
 export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv"
 
 for source in "$root/plain_ros/vision_msgs" "$root/plain_ros/tf2_msgs" "$root"; do

@@ -8,6 +8,8 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 venv="$(cd "${1:?usage: check_colcon.sh VENV}" && pwd)"
 workspace="$(mktemp -d)"
 trap 'rm -rf "$workspace"' EXIT
+# make's job server is not for ninja: its pipe is closed here.
+unset MAKEFLAGS MFLAGS
 export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv" CMAKE_PREFIX_PATH="$venv"
 
 mkdir "$workspace/src"
