@@ -44,10 +44,8 @@ def import_pyrender() -> tuple[Any, str]:
         np.infty = np.inf  # pyrender 0.1.45 still uses the name that NumPy 2 dropped
     try:
         _teach_pyopengl()
-        import pyglet
-
         # pyrender imports its window viewer too, and that would look for X11 libraries that a server lacks.
-        pyglet.options["headless"] = True
+        os.environ.setdefault("PYGLET_HEADLESS", "true")
         import pyrender
     except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
         raise RenderError(f"pyrender does not load on {platform} ({error}); {INSTALL_HINT}") from error
