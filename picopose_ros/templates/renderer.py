@@ -15,8 +15,6 @@ from picopose_ros.errors import RenderError
 from picopose_ros.templates import opengl
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from picopose_ros.templates.meshes import ObjectMesh
 
 NEUTRAL_GREY: tuple[int, int, int] = (153, 153, 153)
@@ -72,7 +70,7 @@ class MeshRenderer:
         self._scene.add(self._camera)
         self._uploads: dict[int, _Upload] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MeshRenderer:
         return self
 
     def __exit__(self, *exception: object) -> None:
