@@ -150,7 +150,7 @@ def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
         bags.segments_message(segments, bags.header(START, FRAME), 30, 50), bags.SEGMENTS
     )
     received = deserialize_message(bytes(raw), SegmentArray)
-    good, _, bad = conversions.segments_from_message(received, 30, 50, "/masks")
+    good, bad = conversions.segments_from_message(received, 30, 50, "/masks")
     assert not bad and received.header.frame_id == FRAME
     sent = serialize_message(conversions.segments_to_message(segments, Header(frame_id="x"), 30, 50))
     back = bags.segments_from_message(bags.typestore().deserialize_cdr(sent, bags.SEGMENTS), 30, 50, "/masks")
