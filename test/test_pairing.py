@@ -9,7 +9,7 @@ import pytest
 
 from picopose_ros.instances import InstanceNamer
 from picopose_ros.node.drops import DropLog, DropReason
-from picopose_ros.node.pairing import MAX_PENDING, StampPairing, format_stamp
+from picopose_ros.node.pairing import INFO_PATIENCE, MAX_PENDING, StampPairing, format_stamp
 from picopose_ros.node.worker import NewestWorker
 
 FRAME = 33_333_333  # ns between images at 30 Hz
@@ -67,14 +67,26 @@ def test_segmentation_may_come_before_its_image_and_camera_info(reports: Reports
     assert reports == []
 
 
-def test_camera_info_of_the_image_is_preferred_and_the_newest_is_good_enough(reports: Reports) -> None:
+def test_camera_info_of_the_image_is_waited_for_and_the_newest_is_good_enough(reports: Reports) -> None:
     pairing = StampPairing(5.0, 150, reports)
     pairing.add_image(1, "image 1", 0.0)
-    pairing.add_image(2, "image 2", 0.0)
     pairing.add_camera_info(1, "info 1", 0.0)
-    pairing.add_camera_info(3, "info 3", 0.0)
     assert pairing.add_segmentation(1, "masks", 0.0)[0].camera_info == "info 1"
-    assert pairing.add_segmentation(2, "masks", 0.0)[0].camera_info == "info 3"
+    # Of the next two the images and masks come first: another frame's camera_info may be a wrong one.
+    for stamp in (2, 3):
+        pairing.add_image(stamp, f"image {stamp}", 0.1)
+        assert pairing.add_segmentation(stamp, "masks", 0.1) == []
+    assert pairing.add_camera_info(3, "info 3", 0.15)[0].camera_info == "info 3"
+    assert pairing.expire(0.1 + INFO_PATIENCE - 0.01) == []
+    assert pairing.expire(0.1 + INFO_PATIENCE + 0.01)[0].camera_info == "info 3"
+    assert reports == []
+
+
+def test_a_latched_camera_info_of_another_stamp_costs_no_time(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports)
+    pairing.add_camera_info(0, "latched", 0.0)
+    pairing.add_image(7, "image", 0.1)
+    assert pairing.add_segmentation(7, "masks", 0.1)[0].camera_info == "latched"
 
 
 def test_image_that_left_the_buffer_is_told_from_one_that_never_came(reports: Reports) -> None:

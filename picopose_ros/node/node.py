@@ -201,7 +201,7 @@ class PicoPoseNode(Node):
             self._activate()
         for subscription in self._inputs:
             subscription.adapt()
-        self._pairing.expire(time.monotonic())
+        self._submit(self._pairing.expire(time.monotonic()))
 
     def _publish_diagnostics(self) -> None:
         counts = self._pairing.counts

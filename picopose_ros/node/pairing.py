@@ -17,6 +17,9 @@ from picopose_ros.node.drops import DropReason
 MAX_PENDING = 64
 """Segmentations that may wait for their image at once; more means that no image will come."""
 
+INFO_PATIENCE = 0.3
+"""Seconds that a segmentation waits for the camera_info of its image's stamp, where there is reason to."""
+
 _REMEMBERED_STAMPS = 8192
 
 
@@ -50,8 +53,9 @@ class PairingCounts:
 class StampPairing:
     """Ring buffer of images by exact stamp, and the segmentations that wait for theirs.
 
-    ``camera_info`` is the one with the image's stamp where there is one, else the newest: drivers that
-    publish it seldom, or once and latched, are common.
+    ``camera_info`` is the one with the image's stamp. A driver whose camera_infos never had an image's stamp
+    (it publishes them seldom, or once and latched) means the newest; one whose camera_infos did is given
+    ``INFO_PATIENCE`` before the newest is taken, because topics overtake each other.
 
     Args:
         duration: seconds that an image stays in the buffer; longer than the segmenter takes.
@@ -74,6 +78,7 @@ class StampPairing:
         self._images: OrderedDict[int, _Timed] = OrderedDict()
         self._infos: OrderedDict[int, _Timed] = OrderedDict()
         self._newest_info: Any = None
+        self._infos_are_stamped = False
         self._waiting: deque[tuple[int, _Timed]] = deque()
         self._gone: OrderedDict[int, None] = OrderedDict()
         self.counts = PairingCounts()
@@ -88,8 +93,9 @@ class StampPairing:
         self._images.pop(stamp, None)
         self._images[stamp] = _Timed(image, now)
         self._gone.pop(stamp, None)
+        self._infos_are_stamped |= stamp in self._infos
         self._age(now)
-        return self._match()
+        return self._match(now)
 
     def add_camera_info(self, stamp: int, info: Any, now: float) -> list[Pair]:
         """Keep a camera_info; returns the pairs that it completes."""
@@ -97,8 +103,9 @@ class StampPairing:
         self._newest_info = info
         self._infos.pop(stamp, None)
         self._infos[stamp] = _Timed(info, now)
+        self._infos_are_stamped |= stamp in self._images
         self._age(now)
-        return self._match()
+        return self._match(now)
 
     def add_segmentation(self, stamp: int, segmentation: Any, now: float) -> list[Pair]:
         """Pair a segmentation, or keep it until its image comes; returns the pairs made."""
@@ -115,23 +122,29 @@ class StampPairing:
         if len(self._waiting) >= MAX_PENDING:
             self._give_up(*self._waiting.popleft())
         self._waiting.append((stamp, _Timed(segmentation, now)))
-        return self._match()
+        return self._match(now)
 
-    def expire(self, now: float) -> None:
-        """Drop what is too old; called now and then, because silence on a topic is a reason too."""
+    def expire(self, now: float) -> list[Pair]:
+        """Drop what is too old; called now and then, because silence on a topic is a reason too.
+
+        Returns the pairs that have waited long enough for a camera_info of their own.
+        """
         self._age(now)
+        pairs = self._match(now)
         # Oldest first, so the ones that are out of patience are at the front.
         while self._waiting and now - self._waiting[0][1].received > self._patience:
             self._give_up(*self._waiting.popleft())
+        return pairs
 
-    def _match(self) -> list[Pair]:
+    def _match(self, now: float) -> list[Pair]:
         pairs: list[Pair] = []
         still: deque[tuple[int, _Timed]] = deque()
         for stamp, segmentation in self._waiting:
             image = self._images.get(stamp)
             own_info = self._infos.get(stamp)
             info = own_info.payload if own_info is not None else self._newest_info
-            if image is None or info is None:
+            hurried = self._infos_are_stamped and now - segmentation.received < INFO_PATIENCE
+            if image is None or info is None or (own_info is None and hurried):
                 still.append((stamp, segmentation))
                 continue
             pairs.append(Pair(stamp, image.payload, info, segmentation.payload, segmentation.received))
