@@ -16,7 +16,7 @@ from rosbags.interfaces import Connection
 from tqdm import tqdm
 
 from picopose_ros import bags
-from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
 from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
@@ -258,17 +258,7 @@ def run(args: argparse.Namespace) -> int:
         reader.topic(bags.SEGMENTS, args.segmentation)
     if args.target.exists():
         raise BagError(f"bag {args.target} exists already: give a folder that doesn't")
-    estimator = PoseEstimator.from_mesh_dir(
-        args.meshes,
-        preset=args.preset,
-        weights=args.weights,
-        device=args.device,
-        unit=args.unit,
-        viewpoints=args.viewpoints,
-        cache_dir=args.cache_dir,
-        hypotheses=args.hypotheses,
-        progress=True,
-    )
+    estimator = load_estimator(args)
     with tqdm(unit="frame", disable=None) as bar:
 
         def show(done: int, total: int) -> None:

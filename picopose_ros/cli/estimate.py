@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,19 +44,7 @@ def run(args: argparse.Namespace) -> int:
     segments = segments_from_json(args.segments)
     rgb = read_rgb(args.image)
 
-    from picopose_ros.estimator import PoseEstimator
-
-    estimator = PoseEstimator.from_mesh_dir(
-        args.meshes,
-        preset=args.preset,
-        weights=args.weights,
-        device=args.device,
-        unit=args.unit,
-        viewpoints=args.viewpoints,
-        cache_dir=args.cache_dir,
-        hypotheses=args.hypotheses,
-        progress=True,
-    )
+    estimator = load_estimator(args)
     result = estimator.estimate(rgb, camera, segments)
     if args.json:
         print(json.dumps(as_json(result), indent=2))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from picopose_ros.estimator import PoseEstimator
 
 
 def positive(text: str) -> int:
@@ -25,4 +29,21 @@ def add_onboarding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dir", type=Path, help="where templates are kept; the user's cache by default"
+    )
+
+
+def load_estimator(args: argparse.Namespace) -> PoseEstimator:
+    """The estimator that the onboarding arguments, `meshes` and `hypotheses` ask for; shows its progress."""
+    from picopose_ros.estimator import PoseEstimator
+
+    return PoseEstimator.from_mesh_dir(
+        args.meshes,
+        preset=args.preset,
+        weights=args.weights,
+        device=args.device,
+        unit=args.unit,
+        viewpoints=args.viewpoints,
+        cache_dir=args.cache_dir,
+        hypotheses=args.hypotheses,
+        progress=True,
     )

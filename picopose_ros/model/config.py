@@ -119,10 +119,6 @@ class ModelConfig:
     mask_background: bool = False
     """Crop pixels outside the segment's mask are blacked out before the network sees them."""
 
-    @property
-    def descriptor_dim(self) -> int:
-        return self.match_dim or self.backbone.embed_dim
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

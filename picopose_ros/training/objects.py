@@ -499,8 +499,3 @@ def build_object(seed: int, texture_size: int = 512) -> ProceduralObject:
     for part in parts:
         part.apply_scale(rescale)
     return ProceduralObject(seed, parts, tuple(names), tuple(textures))
-
-
-def make_object(seed: int) -> list[trimesh.Trimesh]:
-    """Make the textured parts of a seed's object, in metres; see :func:`build_object`."""
-    return build_object(seed).parts
