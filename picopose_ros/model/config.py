@@ -94,7 +94,15 @@ class OffsetConfig:
     """Correlate unit vectors with a learned scale instead of dot products over sqrt(C)."""
     motion_dims: tuple[int, int, int, int, int]
     """Widths of the motion encoder: correlation 1x1 and 3x3, flow 7x7 and 3x3, joint output."""
-    head_dims: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    trunk_dims: tuple[int, int, int] | None
+    """Per grid, width of a 1x1 convolution that both heads share; None: either head reads the full input."""
+    head_dims: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Per grid, widths of the flow head's 3x3 convolutions."""
+    certainty_dims: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Per grid, widths of the certainty head's."""
+    norm: bool
+    """Batch normalisation after every hidden convolution, and a flow head that starts at zero: learns from
+    nothing in a fraction of the pairs."""
     half_pixel: bool
     """Cells are areas: look up and upsample with half-pixel centres, so that the flow of a linear motion
     stays exact from grid to grid. False: the released network's corner alignment."""
@@ -136,7 +144,10 @@ def _released(name: str, timm_name: str, dim: int, taps: tuple[int, int, int]) -
             lookup=("volume", "volume", "volume"),
             cosine=False,
             motion_dims=(256, 192, 128, 64, 126),
+            trunk_dims=None,
             head_dims=((512, 256), (512, 256), (512, 256)),
+            certainty_dims=((512, 256), (512, 256), (512, 256)),
+            norm=False,
             half_pixel=False,
             detach=False,
         ),
@@ -160,7 +171,10 @@ PRESETS: dict[str, ModelConfig] = {
             lookup=("volume", "volume", "local"),
             cosine=True,
             motion_dims=(64, 48, 24, 16, 46),
+            trunk_dims=None,
             head_dims=((96, 96), (64, 64), (40, 40)),
+            certainty_dims=((96, 96), (64, 64), (40, 40)),
+            norm=False,
             half_pixel=True,
             detach=True,
         ),

@@ -129,38 +129,46 @@ def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int,
 _LOOKUP = {"volume": lookup_volume, "local": lookup_local}
 
 
+def _norm(channels: int, norm: bool) -> nn.Module:
+    return nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+
 class MotionEncoder(nn.Module):
     """Correlation window and flow -> motion features; the flow itself is appended."""
 
-    def __init__(self, correlation: int, dims: tuple[int, int, int, int, int]) -> None:
+    def __init__(self, correlation: int, dims: tuple[int, int, int, int, int], norm: bool) -> None:
         super().__init__()
         corr1, corr2, flow1, flow2, out = dims
         self.corr = nn.ModuleList([nn.Conv2d(correlation, corr1, 1), nn.Conv2d(corr1, corr2, 3, padding=1)])
         self.flow = nn.ModuleList([nn.Conv2d(2, flow1, 7, padding=3), nn.Conv2d(flow1, flow2, 3, padding=1)])
         self.out = nn.Conv2d(corr2 + flow2, out, 3, padding=1)
+        self.norms = nn.ModuleList([_norm(width, norm) for width in dims])
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
         x, y = correlation, flow
-        for conv in self.corr:
-            x = F.relu(conv(x))
-        for conv in self.flow:
-            y = F.relu(conv(y))
-        return torch.cat([F.relu(self.out(torch.cat([x, y], 1))), flow.to(x.dtype)], 1)
+        for conv, norm in zip(self.corr, self.norms[:2], strict=True):
+            x = F.relu(norm(conv(x)))
+        for conv, norm in zip(self.flow, self.norms[2:4], strict=True):
+            y = F.relu(norm(conv(y)))
+        joint = self.norms[4](self.out(torch.cat([x, y], 1)))
+        return torch.cat([F.relu(joint), flow.to(x.dtype)], 1)
 
 
 class Head(nn.Module):
-    """Two 3x3 convolutions and a linear prediction."""
+    """3x3 convolutions and a linear prediction."""
 
-    def __init__(self, channels: int, dims: tuple[int, int], out: int, kernel: int) -> None:
+    def __init__(self, channels: int, dims: tuple[int, ...], out: int, kernel: int, norm: bool) -> None:
         super().__init__()
+        widths = (channels, *dims)
         self.layers = nn.ModuleList(
-            [nn.Conv2d(channels, dims[0], 3, padding=1), nn.Conv2d(dims[0], dims[1], 3, padding=1)]
+            [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
         )
-        self.predict = nn.Conv2d(dims[1], out, kernel, padding=kernel // 2)
+        self.norms = nn.ModuleList([_norm(width, norm) for width in dims])
+        self.predict = nn.Conv2d(widths[-1], out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.relu(layer(x))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
         return self.predict(x)
 
 
@@ -179,10 +187,19 @@ class OffsetBlock(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.BatchNorm2d(dim))
         if config.cosine:
             self.log_gain = nn.Parameter(torch.tensor(1.0))
-        self.encoder = MotionEncoder(self.levels * (2 * self.radius + 1) ** 2, config.motion_dims)
+        window = self.levels * (2 * self.radius + 1) ** 2
+        self.encoder = MotionEncoder(window, config.motion_dims, config.norm)
         joint = 2 * dim + config.motion_dims[-1] + 2
-        self.flow_head = Head(joint, config.head_dims[level], 2, kernel=3)
-        self.certainty_head = Head(joint, config.head_dims[level], 1, kernel=1)
+        self.trunk: nn.Module = nn.Identity()
+        if config.trunk_dims:
+            width = config.trunk_dims[level]
+            self.trunk = nn.Sequential(nn.Conv2d(joint, width, 1), _norm(width, config.norm), nn.ReLU())
+            joint = width
+        self.flow_head = Head(joint, config.head_dims[level], 2, 3, config.norm)
+        self.certainty_head = Head(joint, config.certainty_dims[level], 1, 1, config.norm)
+        if config.norm:
+            nn.init.zeros_(self.flow_head.predict.weight)
+            nn.init.zeros_(self.flow_head.predict.bias)
 
     def forward(self, template: Tensor, query: Tensor, flow: Tensor, certainty: Tensor) -> OffsetLevel:
         template, query = self.proj(template), self.proj(query)
@@ -195,7 +212,7 @@ class OffsetBlock(nn.Module):
         correlation = self.lookup(corr_t, corr_q, position, self.radius, self.levels)
         motion = self.encoder(correlation, flow)
         warped = sample_at(query, position.to(query.dtype))
-        joint = torch.cat([template, warped, motion], 1)
+        joint = self.trunk(torch.cat([template, warped, motion], 1))
         flow_step = self.flow_head(joint).float()
         certainty_step = self.certainty_head(joint).float()
         return OffsetLevel(

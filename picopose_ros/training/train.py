@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,9 +59,17 @@ class TrainConfig:
     cross_share: float = 0.2
     """Share of those with a wrong template of the same object."""
     predicted_start: float = 0.5
-    """At the end of training, how often stage 3 starts from stage 2's answer instead of the noised truth."""
+    """How often stage 3 starts from stage 2's answer instead of the noised truth, in the end."""
+    predicted_ramp: int = 3000
+    """Steps over which that share grows from nothing."""
     learning_rate: float = 1e-3
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """`cosine`: falls over the whole run (the paper's). `trapezoid`: constant, then a cosine over the last
+    `decay` steps; up to there the run does not depend on `steps`, so it can be made longer later and is still
+    the run that one command gives."""
     warmup: int = 200
+    decay: int = 1000
+    """Steps of the fall at the end of a trapezoid."""
     weight_decay: float = 0.03
     clip: float = 1.0
     ema: float = 0.998
@@ -79,6 +87,11 @@ class TrainConfig:
     workers: int = 1
     device: str = "cpu"
     difficulty: Difficulty = field(default_factory=Difficulty)
+
+    @property
+    def decay_start(self) -> int:
+        """The first step whose learning rate depends on `steps`."""
+        return max(0, self.steps - self.decay) if self.schedule == "trapezoid" else 0
 
     @staticmethod
     def load(path: str | Path) -> TrainConfig:
@@ -124,7 +137,7 @@ def training_losses(
     """All weighted losses of a batch; their sum is what is minimised.
 
     Args:
-        progress: share of the run that is done, for the start of stage 3.
+        progress: how far `predicted_start` has grown, 0 to 1.
     """
     count = len(batch.template_rgb)
     features = model.encode(torch.cat([batch.template_rgb, batch.query_rgb]))
@@ -265,7 +278,9 @@ def _endpoint_map(level: OffsetLevel, position: Tensor) -> Tensor:
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / config.warmup)
-    return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+    start = config.decay_start
+    done = max(0, step - start) / max(1, config.steps - start)
+    return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
@@ -313,16 +328,29 @@ class Trainer:
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.last = self.out / "last.pt"
+        self.stable = self.out / "stable.pt"
+        """The state at the start of the learning rate's fall: where a longer run goes on from."""
 
     def resume(self) -> bool:
         """Continue from the last interval, if there is one.
 
+        A run that was planned for another number of steps goes on from before its learning rate fell.
+
         Raises:
-            CheckpointError: the run in the folder has another architecture.
+            CheckpointError: the run in the folder has another architecture, or can't be made longer.
         """
         if not self.last.exists():
             return False
         state = torch.load(self.last, map_location=self.config.device, weights_only=True)
+        begun, planned = state["decay_start"], state["steps"]
+        start = self.config.decay_start
+        if planned != self.config.steps and state["step"] > min(begun, start):
+            if not self.stable.exists() or start < begun:
+                raise CheckpointError(
+                    f"{self.last} was planned for another number of steps and its learning rate is falling "
+                    "already; give the steps it was started with, or train into another folder"
+                )
+            state = torch.load(self.stable, map_location=self.config.device, weights_only=True)
         if state["architecture"] != json.dumps(self.model.config.to_dict()):
             raise CheckpointError(
                 f"{self.last} was trained with another architecture than preset '{self.config.preset}' has "
@@ -336,16 +364,18 @@ class Trainer:
 
     def save(self) -> None:
         """Write the run's state and the averaged weights, each in one piece."""
-        _save(
-            self.last,
-            {
-                "architecture": json.dumps(self.model.config.to_dict()),
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "step": self.step,
-            },
-        )
+        state = {
+            "architecture": json.dumps(self.model.config.to_dict()),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "steps": self.config.steps,
+            "decay_start": self.config.decay_start,
+        }
+        if self.step == self.config.decay_start:
+            _save(self.stable, state)
+        _save(self.last, state)
         info = {"steps": str(self.step), "training": json.dumps(asdict(self.config))}
         save_model(self.average, self.out / "weights.safetensors", half=True, metadata=info)
 
@@ -358,7 +388,8 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.autocast):
-            losses = training_losses(self.model, batch, config, self.step / config.steps, generator)
+            progress = min(1.0, self.step / config.predicted_ramp)
+            losses = training_losses(self.model, batch, config, progress, generator)
         total = sum(losses.values())
         self.optimiser.zero_grad(set_to_none=True)
         if torch.isfinite(total):
@@ -424,7 +455,7 @@ def train(config: TrainConfig, until: int | None = None) -> Trainer:
         bar.update()
         if trainer.step % 20 == 0:
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in smooth.items()))
-        due = trainer.step % config.save_every == 0 or trainer.step == end
+        due = trainer.step % config.save_every == 0 or trainer.step in (end, config.decay_start)
         if trainer.step % config.validate_every == 0 or trainer.step == end:
             figures = validate(trainer.average, fixed)
             rate = (trainer.step - first) / (time.monotonic() - start)
