@@ -29,7 +29,7 @@ endif
 STAMPS := $(VENV)/stamps
 # Modules are compiled when they are first imported; most of torch never is.
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
-PINS := requirements/core.txt requirements/dev.txt requirements/$(ROS).txt
+PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
 	$(wildcard msg/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
 

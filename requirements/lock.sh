@@ -12,12 +12,12 @@ lock() {
 }
 
 lock core.in -o core.txt
-for name in dev kilted jazzy; do
+for name in dev training kilted jazzy; do
   lock --constraint core.txt "$name.in" -o "$name.txt"
 done
 # Linux only; and torch itself pins the CUDA packages that its build needs, which a CPU build has none of.
 sed -i -E -e "/sys_platform == '(win32|emscripten)'/d" -e "s/ (and|;) sys_platform (!= 'emscripten'|== 'linux')//" \
-  -e '/^(nvidia-|cuda-|triton==)/d' core.txt dev.txt kilted.txt jazzy.txt
+  -e '/^(nvidia-|cuda-|triton==)/d' core.txt dev.txt training.txt kilted.txt jazzy.txt
 # torch apart: it is installed with its dependencies, from the index that its user chooses.
 grep -E '^(#|torch)' core.txt >torch.txt
 sed -i -E '/^torch/d' core.txt
