@@ -15,6 +15,7 @@ from torch import Tensor
 
 from picopose_ros.model.config import CROP_SIZE, GRIDS
 from picopose_ros.model.offsets import OffsetLevel, grid_positions
+from picopose_ros.training.distributed import per_process
 
 LABEL_GRID = GRIDS[-1]
 
@@ -97,14 +98,14 @@ def infonce(query: Tensor, template: Tensor, target: Tensor, temperature: Tensor
     rows = -(target * logits.log_softmax(2)).sum((1, 2))
     columns = -(target * logits.log_softmax(1)).sum((1, 2))
     # A patch that several others point to counts once in either direction.
-    return 0.5 * ((rows + columns).sum() / target.sum().clamp(min=1))
+    return 0.5 * ((rows + columns).sum() / per_process(target.sum()))
 
 
 def affine_loss(
     translation: Tensor, scale: Tensor, cos_sin: Tensor, labels: AffineLabels
 ) -> dict[str, Tensor]:
     """L1 of the translation, |ln s - ln s^|, geodesic distance of the angle (paper Eq. 5)."""
-    count = labels.weight.sum().clamp(min=1)
+    count = per_process(labels.weight.sum())
 
     def mean(values: Tensor) -> Tensor:
         return (values * labels.weight).sum() / count
@@ -139,7 +140,7 @@ def offset_loss(
         near = (label - level.flow_in).detach().abs().amax(1) < cells
         counted = visible * near
         error = (level.flow - label).abs().sum(1)
-        flow_sum = flow_sum + (error * counted).sum() / counted.sum().clamp(min=1)
+        flow_sum = flow_sum + (error * counted).sum() / per_process(counted.sum())
         certainty_sum = certainty_sum + F.binary_cross_entropy_with_logits(level.certainty[:, 0], counted)
     return {"flow": flow_sum, "certainty": certainty_sum}
 
@@ -165,7 +166,7 @@ def correlation_loss(
         query = F.normalize(level.query.float(), dim=1).flatten(2)
         target = soft_patch_targets(at, seen, side)
         logits = (template.transpose(1, 2) @ query / temperature).log_softmax(2)
-        total = total - (target * logits).sum() / target.sum().clamp(min=1)
+        total = total - (target * logits).sum() / per_process(target.sum())
     return total / len(levels)
 
 
