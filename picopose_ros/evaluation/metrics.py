@@ -1,4 +1,8 @@
-"""Errors of a pose against the true one. Transforms are (4, 4) object -> camera, metres."""
+"""Errors of a pose against the true one. Transforms are (4, 4) object -> camera, metres.
+
+VSD, MSSD, MSPD and their average recalls are those of the BOP Challenge 2019 (Hodan et al., ECCVW 2020), as
+the BOP toolkit computes them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import trimesh
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial import cKDTree
+from scipy.spatial import ConvexHull, QhullError, cKDTree
+from scipy.stats import rankdata
+
+from picopose_ros.templates.meshes import ObjectMesh, Symmetries
+from picopose_ros.templates.renderer import MeshRenderer
+
+BOP_SYMMETRY_STEP = 0.01
+"""BOP's largest share of the diameter that a point moves between two steps of a continuous symmetry."""
+
+VSD_DELTA = 0.015
+"""How far behind what the camera measured a surface may lie and still count as visible, metres."""
+
+VSD_TAUS = np.arange(0.05, 0.51, 0.05)
+"""Shares of the diameter from which on a pixel's distance is wrong."""
+
+RECALL_THRESHOLDS = np.arange(0.05, 0.51, 0.05)
+"""Of a VSD, and of an MSSD as a share of the diameter."""
+
+MSPD_THRESHOLDS = np.arange(5.0, 51.0, 5.0)
+"""Pixels in an image of `MSPD_WIDTH`."""
+
+MSPD_WIDTH = 640
+"""Width of the image that MSPD thresholds are stated for, pixels."""
 
 
 def transform_points(T: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -69,6 +96,230 @@ def mspd(
         return float("inf")
     seen = project(estimate)
     return min(float(np.linalg.norm(seen - project(truth @ s), axis=1).max()) for s in symmetries)
+
+
+def bop_symmetries(symmetries: Symmetries, step: float = BOP_SYMMETRY_STEP) -> np.ndarray:
+    """Symmetries as BOP takes them: (S, 4, 4), identity first; a continuous one in ceil(pi / step) turns.
+
+    Several continuous axes are listed one after the other and not combined with each other, as in BOP.
+    """
+    count = int(np.ceil(np.pi / step))
+    turns = [
+        trimesh.transformations.rotation_matrix(2 * np.pi * k / count, axis, offset)
+        for axis, offset in symmetries.continuous
+        for k in range(count)
+    ]
+    turns = turns or [np.eye(4)]
+    return np.stack([turn @ other for other in (np.eye(4), *symmetries.discrete) for turn in turns])
+
+
+@dataclass(frozen=True)
+class EvaluationPoints:
+    """Points of an object that errors are measured at, in its own frame, metres.
+
+    Attributes:
+        surface: (n, 3) spread evenly over the surface: for means (ADD).
+        extreme: (m, 3) corners of the convex hull, where the largest distance between two poses of the object
+            is found, and some of the surface: for maxima (MSSD, MSPD).
+    """
+
+    surface: np.ndarray
+    extreme: np.ndarray
+
+
+def evaluation_points(mesh: ObjectMesh, count: int = 2000) -> EvaluationPoints:
+    """At most ``count`` points for either purpose; the same ones every time."""
+    whole = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    surface = np.asarray(trimesh.sample.sample_surface(whole, count, seed=0)[0], np.float64)
+    try:
+        corners = mesh.vertices[ConvexHull(mesh.vertices).vertices]
+    except QhullError:  # flat
+        corners = np.unique(mesh.vertices, axis=0)
+    some = surface[: count // 4]
+    if len(corners) > count - len(some):  # a smooth hull: its neighbours stand in for those left out
+        kept = np.random.default_rng(0).choice(len(corners), count - len(some), replace=False)
+        corners = corners[np.sort(kept)]
+    return EvaluationPoints(surface, np.concatenate([corners, some]))
+
+
+def depth_to_distance(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Depths (H, W) along the optical axis -> distances from the camera's centre; 0 stays 0."""
+    v, u = np.indices(depth.shape)
+    return depth * np.sqrt(((u - K[0, 2]) / K[0, 0]) ** 2 + ((v - K[1, 2]) / K[1, 1]) ** 2 + 1.0)
+
+
+def visible_surface(distance: np.ndarray, measured: np.ndarray, delta: float = VSD_DELTA) -> np.ndarray:
+    """Where a rendered object (H, W) isn't behind what was measured; (H, W) bool.
+
+    BOP 2019's rule: without a measurement (0) the object counts as visible.
+    """
+    return (distance > 0) & ((measured == 0) | (distance - measured <= delta))
+
+
+def vsd_of_distances(
+    estimate: np.ndarray,
+    truth: np.ndarray,
+    measured: np.ndarray,
+    diameter: float,
+    delta: float = VSD_DELTA,
+    taus: np.ndarray = VSD_TAUS,
+) -> np.ndarray:
+    """Visible surface discrepancy for every tolerance, 0..1.
+
+    Args:
+        estimate, truth: (H, W) distances of the object rendered alone in either pose, metres, 0 off it.
+        measured: (H, W) distances of what the camera saw, 0 where nothing was measured.
+        diameter: of the object, metres. delta: see `VSD_DELTA`. taus: (t,) shares of the diameter.
+
+    Returns:
+        (t,) errors.
+    """
+    seen_truth = visible_surface(truth, measured, delta)
+    # What is visible in the true pose is visible in the estimated one, whatever was measured there.
+    seen_estimate = visible_surface(estimate, measured, delta) | (seen_truth & (estimate > 0))
+    both = seen_truth & seen_estimate
+    union = int((seen_truth | seen_estimate).sum())
+    if union == 0:
+        return np.ones(len(taus))
+    apart = np.abs(truth[both] - estimate[both]) / diameter
+    wrong = (apart[None] >= np.asarray(taus)[:, None]).sum(1)
+    return (wrong + union - both.sum()) / union
+
+
+class VsdScorer:
+    """VSD against one true pose in one image. Renders the truth once and every estimate once.
+
+    Args:
+        renderer: of the calling thread. mesh: of the object. truth: T_cam_obj (4, 4).
+        depth: (H, W) what the camera measured, metres, 0 where nothing. K: (3, 3) of the image.
+    """
+
+    def __init__(
+        self, renderer: MeshRenderer, mesh: ObjectMesh, truth: np.ndarray, depth: np.ndarray, K: np.ndarray
+    ) -> None:
+        self._renderer, self._mesh, self._K = renderer, mesh, np.asarray(K, np.float64)
+        self._measured = depth_to_distance(np.asarray(depth, np.float64), self._K)
+        self._truth = self._distance(truth)
+
+    def _distance(self, T_cam_obj: np.ndarray) -> np.ndarray:
+        height, width = self._measured.shape
+        rendering = self._renderer.render(self._mesh, T_cam_obj, self._K, width, height)
+        return depth_to_distance(rendering.depth.astype(np.float64), self._K)
+
+    def error(
+        self, estimate: np.ndarray, delta: float = VSD_DELTA, taus: np.ndarray = VSD_TAUS
+    ) -> np.ndarray:
+        """(t,) VSD of an estimate T_cam_obj (4, 4) for every tolerance."""
+        distance = self._distance(estimate)
+        # Only where either pose has a surface can there be a difference.
+        rows, columns = (np.flatnonzero(((distance > 0) | (self._truth > 0)).any(axis)) for axis in (1, 0))
+        if not len(rows):
+            return np.ones(len(taus))
+        part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        return vsd_of_distances(
+            distance[part], self._truth[part], self._measured[part], self._mesh.diameter, delta, taus
+        )
+
+
+@dataclass(frozen=True)
+class BopErrors:
+    """BOP's three errors of a pose.
+
+    Attributes:
+        vsd: (t,) per tolerance, 0..1. mssd: share of the diameter. mspd: pixels of an image of `MSPD_WIDTH`.
+    """
+
+    vsd: np.ndarray
+    mssd: float
+    mspd: float
+
+
+def bop_errors(
+    points: np.ndarray,
+    diameter: float,
+    estimate: np.ndarray,
+    truth: np.ndarray,
+    symmetries: np.ndarray,
+    K: np.ndarray,
+    width: int,
+    scorer: VsdScorer,
+) -> BopErrors:
+    """BOP's errors of one pose.
+
+    Args:
+        points: (n, 3) of the object, its own frame, metres: its vertices in BOP. diameter: of it, metres.
+        estimate, truth: T_cam_obj (4, 4). symmetries: (S, 4, 4) of :func:`bop_symmetries`.
+        K: (3, 3) of an image of ``width`` pixels. scorer: made for the same truth and image.
+    """
+    return BopErrors(
+        vsd=scorer.error(estimate),
+        mssd=mssd(points, estimate, truth, symmetries) / diameter,
+        mspd=mspd(points, estimate, truth, symmetries, K) * MSPD_WIDTH / width,
+    )
+
+
+MISSING = BopErrors(np.full(len(VSD_TAUS), np.inf), float("inf"), float("inf"))
+"""The errors of a pose that wasn't given."""
+
+
+def average_recall(errors: np.ndarray | Sequence[float], thresholds: np.ndarray) -> float:
+    """Mean over the thresholds of the share of errors (n, ...) below each; NaN without errors."""
+    errors = np.asarray(errors, np.float64)
+    if not errors.size:
+        return float("nan")
+    return float(np.mean([(errors < threshold).mean() for threshold in thresholds]))
+
+
+def bop_recalls(errors: Sequence[BopErrors]) -> dict[str, float]:
+    """Average recalls ``vsd``, ``mssd``, ``mspd`` over the errors of all targets and their mean ``ar``.
+
+    Every target counts once, with `MISSING` where it got no pose.
+    """
+    recalls = {
+        "vsd": average_recall([e.vsd for e in errors], RECALL_THRESHOLDS),
+        "mssd": average_recall([e.mssd for e in errors], RECALL_THRESHOLDS),
+        "mspd": average_recall([e.mspd for e in errors], MSPD_THRESHOLDS),
+    }
+    return {**recalls, "ar": float(np.mean(list(recalls.values())))}
+
+
+def area_under_roc(right: np.ndarray | Sequence[float], wrong: np.ndarray | Sequence[float]) -> float:
+    """How often a score of ``right`` is above one of ``wrong``, ties half: 0.5 is chance; NaN without any."""
+    right, wrong = np.asarray(right, np.float64), np.asarray(wrong, np.float64)
+    if not len(right) or not len(wrong):
+        return float("nan")
+    ranks = rankdata(np.concatenate([right, wrong]))
+    return float((ranks[: len(right)].sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong)))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often poses of a given confidence are right.
+
+    Attributes:
+        edges: (b + 1,) of the bins. counts: (b,) poses in each. confidence, correct: (b,) their mean
+            confidence and the share of them that is right; NaN in an empty bin.
+        error: expected calibration error, the mean gap between the two over all poses.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+    error: float
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> Reliability:
+    """Reliability of confidences (n,) in 0..1 against whether each pose is right (n,), in equal bins."""
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    which = np.clip((confidence * bins).astype(int), 0, bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(which, values, bins) / counts for values in (confidence, correct)]
+    gaps = np.nan_to_num(np.abs(means[0] - means[1]))
+    error = float((gaps * counts).sum() / len(confidence)) if len(confidence) else float("nan")
+    return Reliability(edges, counts, means[0], means[1], error)
 
 
 def match_by_position(estimates: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[int | None]:
