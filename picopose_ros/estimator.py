@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from picopose_ros.geometry.crops import (
 from picopose_ros.geometry.pnp import PoseSolution, pose_covariance, solve_pose
 from picopose_ros.geometry.poses import pose_from_affine
 from picopose_ros.model import Features, PicoPose, load_model, model_fingerprint
+from picopose_ros.model.matching import patch_mask
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import Onboarding, TemplateBank, load_or_build, onboard
 from picopose_ros.templates.meshes import discover_objects
@@ -68,6 +69,7 @@ class EstimatorSettings:
         min_mask_pixels: segments with fewer visible pixels are skipped.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of templates that were hypotheses lately.
+        keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
     """
 
     hypotheses: int = 5
@@ -78,6 +80,7 @@ class EstimatorSettings:
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 256
+    keep_background: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hypotheses", "ransac_iterations", "min_mask_pixels", "max_batch"):
@@ -126,22 +129,7 @@ class ObjectPose:
 
 
 @dataclass(frozen=True)
-class EstimateResult:
-    """What became of the segments of one image.
-
-    Attributes:
-        poses: one per segment that got a pose, in the order of the segments.
-        skipped: (index of the segment, why it has none).
-        timings: milliseconds: crop, encode, match, regress, pnp (decode included), total.
-    """
-
-    poses: list[ObjectPose]
-    skipped: list[tuple[int, str]]
-    timings: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Query:
+class Query:
     """A segment that is worth asking about.
 
     Attributes:
@@ -158,20 +146,88 @@ class _Query:
 
 
 @dataclass(frozen=True)
-class _Hypothesis:
+class Hypothesis:
     """A template of a query, with what the network says about the two.
 
     Attributes:
-        query: position in the list of queries. template: index in the bank. match_score: stage 1's.
-        affine: (3, 3) template crop px -> query crop px. flow: (2, 64, 64). certainty: (64, 64) logits.
+        template: index in the bank. match_score: stage 1's.
+        affine: (3, 3) template crop px -> query crop px. flow: (2, 64, 64) cells. certainty: (64, 64) logits.
+        coarse: where it is traced, flow (2, n, n) and certainty (n, n) at the grids before the last.
+        matches: where it is traced, (2, 16, 16) query crop px (x, y) of each template patch's best match.
     """
 
-    query: int
     template: int
     match_score: float
     affine: np.ndarray
     flow: np.ndarray
     certainty: np.ndarray
+    coarse: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    matches: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class HypothesisTrace:
+    """The poses that the stages give with one template; all T_cam_obj (4, 4), or None where there is none.
+
+    Attributes:
+        hypothesis: what the network said.
+        T_match: stage 1 alone: the template's pose, put where the segment's crop is and as large as that.
+        T_affine: stage 2: turned in the image plane and placed by the affine.
+        T_offsets: stage 3: PnP on its correspondences, also where the estimator doesn't believe it.
+        answer: what would be published if this were the only hypothesis.
+    """
+
+    hypothesis: Hypothesis
+    T_match: np.ndarray | None
+    T_affine: np.ndarray | None
+    T_offsets: np.ndarray | None
+    answer: ObjectPose | None
+
+
+@dataclass(frozen=True)
+class SegmentTrace:
+    """What became of one segment, stage by stage.
+
+    Attributes:
+        query: the segment and its crop.
+        hypotheses: its templates, best match first.
+        answers: ``answers[k - 1]`` is what would be published with the first k hypotheses alone.
+    """
+
+    query: Query
+    hypotheses: tuple[HypothesisTrace, ...]
+    answers: tuple[ObjectPose | None, ...]
+
+
+@dataclass(frozen=True)
+class EstimateResult:
+    """What became of the segments of one image.
+
+    Attributes:
+        poses: one per segment that got a pose, in the order of the segments.
+        skipped: (index of the segment, why it has none).
+        timings: milliseconds: crop, encode, match, regress, pnp (decode included), total.
+        traces: where they were asked for, one per segment that was worth asking about.
+    """
+
+    poses: list[ObjectPose]
+    skipped: list[tuple[int, str]]
+    timings: dict[str, float]
+    traces: list[SegmentTrace] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A hypothesis' way through decode and PnP.
+
+    Attributes:
+        pairs: undistorted. solution: None where PnP found nothing. quality: of it, 0..1.
+    """
+
+    hypothesis: Hypothesis
+    pairs: Correspondences
+    solution: PoseSolution | None
+    quality: float
 
 
 def torch_device(name: str | torch.device) -> torch.device:
@@ -267,13 +323,16 @@ class PoseEstimator:
         }
         return cls(model, onboarding.banks, settings, device, aliases)
 
-    def estimate(self, rgb: np.ndarray, camera: CameraModel, segments: Sequence[Segment]) -> EstimateResult:
+    def estimate(
+        self, rgb: np.ndarray, camera: CameraModel, segments: Sequence[Segment], trace: bool = False
+    ) -> EstimateResult:
         """Poses of all segments of an image, in one batched pass.
 
         Args:
             rgb: (H, W, 3) uint8, as the camera saw it (distortion and all).
             camera: of the image.
             segments: of the image. One that can't have a pose is skipped with a reason; the others go on.
+            trace: also tell what each stage did; the poses are the same.
 
         Raises:
             ImageError: the image isn't (H, W, 3) uint8.
@@ -284,24 +343,73 @@ class PoseEstimator:
         queries, skipped = self._prepare(rgb, segments)
         clock.lap("crop")
         poses: list[ObjectPose] = []
+        attempted: list[list[_Attempt]] = []
         if queries:
             with torch.inference_mode():
-                hypotheses = self._infer(queries, clock)
+                features = self._encode(queries)
+                clock.lap("encode")
+                chosen = self._retrieve(queries, features)
+                clock.lap("match")
+                hypotheses = self._regress(queries, features, chosen, clock, trace)
             for position, query in enumerate(queries):
-                own = [h for h in hypotheses if h.query == position]
-                pose = self._choose(query, own, camera)
+                own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
+                attempted.append([self._attempt(query, hypothesis, camera) for hypothesis in own])
+                pose = self._choose(query, attempted[-1], camera)
                 if pose is None:
                     skipped.append((query.index, "no pose agrees with the network's correspondences"))
                 else:
                     poses.append(pose)
             clock.lap("pnp")
-        return EstimateResult(poses, sorted(skipped), clock.milliseconds())
+        timings = clock.milliseconds()
+        traces = []
+        if trace:
+            traces = [self._trace(query, own, camera) for query, own in zip(queries, attempted)]
+        return EstimateResult(poses, sorted(skipped), timings, traces)
+
+    def examine(
+        self,
+        rgb: np.ndarray,
+        camera: CameraModel,
+        segments: Sequence[Segment],
+        templates: Sequence[Sequence[int]],
+        affines: Sequence[Sequence[np.ndarray | None]] | None = None,
+    ) -> list[SegmentTrace | None]:
+        """What the later stages make of given templates, whatever stage 1 would have chosen.
+
+        Args:
+            rgb, camera, segments: as in :meth:`estimate`.
+            templates: per segment, indices in its class' bank; they are its hypotheses in this order.
+            affines: per segment and template an affine (3, 3) that stage 3 starts from instead of stage 2's.
+
+        Returns:
+            Per segment its trace, or None where it can't have a pose. The match scores are NaN.
+        """
+        _check_image(rgb, camera)
+        queries, _ = self._prepare(rgb, segments)
+        chosen = [(row, t, float("nan")) for row, q in enumerate(queries) for t in templates[q.index]]
+        given = None
+        if affines is not None:
+            given = [affine for query in queries for affine in affines[query.index]]
+        traces: list[SegmentTrace | None] = [None] * len(segments)
+        if chosen:
+            with torch.inference_mode():
+                features = self._encode(queries)
+                hypotheses = self._regress(queries, features, chosen, _Clock(self.device), True, given)
+            for position, query in enumerate(queries):
+                own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
+                attempts = [self._attempt(query, hypothesis, camera) for hypothesis in own]
+                traces[query.index] = self._trace(query, attempts, camera)
+        return traces
+
+    def answer(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> ObjectPose | None:
+        """What would be published with this hypothesis alone, be it the network's or a changed one."""
+        return self._choose(query, [self._attempt(query, hypothesis, camera)], camera)
 
     def _prepare(
         self, rgb: np.ndarray, segments: Sequence[Segment]
-    ) -> tuple[list[_Query], list[tuple[int, str]]]:
+    ) -> tuple[list[Query], list[tuple[int, str]]]:
         """Crops of the segments that can be asked about, and why the others can't."""
-        queries: list[_Query] = []
+        queries: list[Query] = []
         skipped: list[tuple[int, str]] = []
         height, width = rgb.shape[:2]
         for index, segment in enumerate(segments):
@@ -321,22 +429,25 @@ class PoseEstimator:
             else:
                 box = crop_box_from_mask(segment.mask)
                 crop, mask = crop_rgb(rgb, box), crop_mask(segment.mask, box)
-                if self.model.config.mask_background:
+                if self.model.config.mask_background and not self.settings.keep_background:
                     crop = mask_background(crop, mask)
-                queries.append(_Query(index, segment, bank, box.affine(), crop, mask))
+                queries.append(Query(index, segment, bank, box.affine(), crop, mask))
                 continue
             skipped.append((index, reason))
         return queries, skipped
 
-    def _infer(self, queries: list[_Query], clock: _Clock) -> list[_Hypothesis]:
-        """The network on all queries: the best templates of each and the correspondences with them."""
-        size = self.settings.max_batch
+    def _encode(self, queries: list[Query]) -> Features:
+        """Features of the queries' crops, in their order."""
         crops = torch.from_numpy(np.stack([query.crop for query in queries])).to(self.device)
-        masks = torch.from_numpy(np.stack([query.mask for query in queries])).to(self.device)
-        features = _concatenate([self.model.encode(part) for part in crops.split(size)])
-        clock.lap("encode")
+        return _concatenate([self.model.encode(part) for part in crops.split(self.settings.max_batch)])
 
-        chosen: list[tuple[int, int, float]] = []  # position of the query, template, score
+    def _query_masks(self, queries: list[Query]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([query.mask for query in queries])).to(self.device)
+
+    def _retrieve(self, queries: list[Query], features: Features) -> list[tuple[int, int, float]]:
+        """Stage 1: (position of the query, template, score), best first within a query."""
+        masks = self._query_masks(queries)
+        chosen: list[tuple[int, int, float]] = []
         for class_id in dict.fromkeys(query.bank.class_id for query in queries):
             rows = [i for i, query in enumerate(queries) if query.bank.class_id == class_id]
             scores = self.model.match(
@@ -349,65 +460,107 @@ class PoseEstimator:
             for row, ids, values in zip(rows, best.indices.tolist(), best.values.tolist()):
                 chosen += [(row, template, score) for template, score in zip(ids, values)]
         chosen.sort(key=lambda choice: choice[0])  # stable: best score first within a query
-        clock.lap("match")
+        return chosen
 
+    def _regress(
+        self,
+        queries: list[Query],
+        features: Features,
+        chosen: list[tuple[int, int, float]],
+        clock: _Clock,
+        trace: bool,
+        affines: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Hypothesis]:
+        """Stages 2 and 3 for the chosen templates, in their order; stage 3 alone where an affine is given."""
+        size = self.settings.max_batch
         wanted = [(queries[row].bank, template) for row, template, _ in chosen]
         self._templates.ensure(wanted, self.model, self.device, size)
         clock.lap("encode")
-
-        hypotheses: list[_Hypothesis] = []
-        for start in range(0, len(chosen), size):
-            part = chosen[start : start + size]
-            rows = torch.tensor([row for row, _, _ in part], device=self.device)
-            banks = [queries[row].bank for row, _, _ in part]
-            ids = [template for _, template, _ in part]
-            refinement = self.model.regress(
-                features.select(rows),
-                self._templates.batch(list(zip(banks, ids))),
-                masks[rows].float(),
-                torch.stack([self._masks[bank.class_id][i] for bank, i in zip(banks, ids)]).float(),
-                torch.from_numpy(np.stack([bank.centres[i] for bank, i in zip(banks, ids)])).to(self.device),
-            )
-            affines = refinement.affine.float().cpu().numpy()
-            flows = refinement.flow.float().cpu().numpy()
-            certainties = refinement.certainty[:, 0].float().cpu().numpy()
-            hypotheses += [
-                _Hypothesis(row, template, score, *maps)
-                for (row, template, score), *maps in zip(part, affines, flows, certainties)
+        masks = self._query_masks(queries)
+        hypotheses: dict[int, Hypothesis] = {}
+        given = [None] * len(chosen) if affines is None else affines
+        for part in _alike_parts([affine is None for affine in given], size):
+            rows = torch.tensor([chosen[i][0] for i in part], device=self.device)
+            pairs = [wanted[i] for i in part]
+            query, template = features.select(rows), self._templates.batch(pairs)
+            query_masks = masks[rows].float()
+            template_masks = torch.stack([self._masks[bank.class_id][t] for bank, t in pairs]).float()
+            if given[part[0]] is None:
+                centres = torch.from_numpy(np.stack([bank.centres[t] for bank, t in pairs])).to(self.device)
+                refinement = self.model.regress(query, template, query_masks, template_masks, centres)
+                affine, levels = refinement.affine.float(), refinement.levels
+            else:
+                affine = torch.from_numpy(np.stack([given[i] for i in part])).float().to(self.device)
+                pyramids = [self.model.pyramid(features.taps) for features in (query, template)]
+                levels = self.model.refine(*pyramids, affine, patch_mask(template_masks))
+            affine = affine.cpu().numpy()
+            maps = [
+                (level.flow.float().cpu().numpy(), level.certainty[:, 0].float().cpu().numpy())
+                for level in (levels if trace else levels[-1:])
             ]
+            matches = _patch_matches(query, template, query_masks) if trace else [None] * len(part)
+            for k, i in enumerate(part):
+                *coarse, (flow, certainty) = ((f[k], c[k]) for f, c in maps)
+                _, index, score = chosen[i]
+                hypotheses[i] = Hypothesis(
+                    index, score, affine[k], flow, certainty, tuple(coarse), matches[k]
+                )
         self._templates.trim()
         clock.lap("regress")
-        return hypotheses
+        return [hypotheses[i] for i in range(len(chosen))]
 
-    def _choose(self, query: _Query, hypotheses: list[_Hypothesis], camera: CameraModel) -> ObjectPose | None:
+    def _attempt(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> _Attempt:
+        """Decode and PnP."""
+        seen = self._decode(query, hypothesis)
+        pairs = Correspondences(camera.undistort_points(seen.uv), seen.xyz, seen.certainty)
+        solution = self._solve(pairs, camera, query.M_crop_img)
+        quality = 0.0
+        if solution is not None:
+            quality = hypothesis_quality(
+                seen.uv[solution.inliers], solution.inlier_ratio, query.M_crop_img, query.mask
+            )
+        return _Attempt(hypothesis, pairs, solution, quality)
+
+    def _choose(self, query: Query, attempts: Sequence[_Attempt], camera: CameraModel) -> ObjectPose | None:
         """The best hypothesis' pose: from offsets, else from an affine, else none."""
         reference = self.settings.decode == "reference"
-        candidates = []
-        for hypothesis in hypotheses:
-            seen = self._decode(query, hypothesis)
-            pairs = Correspondences(camera.undistort_points(seen.uv), seen.xyz, seen.certainty)
-            solution = self._solve(pairs, camera, query.M_crop_img)
-            if solution is not None:
-                quality = hypothesis_quality(
-                    seen.uv[solution.inliers], solution.inlier_ratio, query.M_crop_img, query.mask
-                )
-                rank = solution.inlier_ratio if reference else quality
-                candidates.append((rank, quality, hypothesis, solution, pairs))
-        if candidates:
+        solved = [attempt for attempt in attempts if attempt.solution is not None]
+        if solved:
             # max keeps the first of equals: retrieval order, as in the released network.
-            _, quality, hypothesis, solution, pairs = max(candidates, key=lambda candidate: candidate[0])
-            if reference or (len(solution.inliers) >= _MIN_INLIERS and quality >= _MIN_QUALITY):
+            best = max(solved, key=lambda a: a.solution.inlier_ratio if reference else a.quality)
+            solution = best.solution
+            if reference or (len(solution.inliers) >= _MIN_INLIERS and best.quality >= _MIN_QUALITY):
                 covariance = solution.covariance
                 if covariance is None:
-                    inliers = pairs.select(solution.inliers)
+                    inliers = best.pairs.select(solution.inliers)
                     covariance = pose_covariance(solution.T_cam_obj, inliers.uv, inliers.xyz, camera.K)
                 if covariance is not None:
                     # Flow errors are smooth over the grid: many pairs are few independent measurements.
                     covariance = covariance * self.settings.correlated_pairs
-                    return _object_pose(query, hypothesis, solution.T_cam_obj, quality, covariance, solution)
-        return self._from_affine(query, hypotheses, camera)
+                    return _object_pose(
+                        query, best.hypothesis, solution.T_cam_obj, best.quality, covariance, solution
+                    )
+        return self._from_affine(query, [attempt.hypothesis for attempt in attempts], camera)
 
-    def _decode(self, query: _Query, hypothesis: _Hypothesis) -> Correspondences:
+    def _trace(self, query: Query, attempts: Sequence[_Attempt], camera: CameraModel) -> SegmentTrace:
+        traces = []
+        for attempt in attempts:
+            hypothesis, solution = attempt.hypothesis, attempt.solution
+            placed = [_place(query, hypothesis.template, M, camera) for M in (np.eye(3), hypothesis.affine)]
+            matched, turned = (None if T is None else T @ query.bank.T_ctr_obj for T in placed)
+            traces.append(
+                HypothesisTrace(
+                    hypothesis=hypothesis,
+                    T_match=matched,
+                    T_affine=turned,
+                    T_offsets=None if solution is None else solution.T_cam_obj,
+                    answer=self._choose(query, [attempt], camera),
+                )
+            )
+        answers = [self._choose(query, attempts[: k + 1], camera) for k in range(len(attempts))]
+        return SegmentTrace(query, tuple(traces), tuple(answers))
+
+    def _decode(self, query: Query, hypothesis: Hypothesis) -> Correspondences:
         """Pairs of pixels as the camera saw them and points in the mesh's own frame."""
         bank, template, mode = query.bank, hypothesis.template, self.settings.decode
         points = bank.points_nearest if mode == "reference" else bank.points_consistent
@@ -432,37 +585,61 @@ class PoseEstimator:
         return solve_pose(pairs, camera.K, threshold, settings.ransac_iterations)
 
     def _from_affine(
-        self, query: _Query, hypotheses: list[_Hypothesis], camera: CameraModel
+        self, query: Query, hypotheses: Sequence[Hypothesis], camera: CameraModel
     ) -> ObjectPose | None:
         """The pose that stage 2 alone implies, of the best matching template that gives one."""
-        bank = query.bank
         for hypothesis in hypotheses:
-            try:
-                T_cam_ctr = pose_from_affine(
-                    hypothesis.affine,
-                    query.M_crop_img,
-                    bank.M_crop_img[hypothesis.template],
-                    camera.K,
-                    bank.K,
-                    bank.T_cam_ctr[hypothesis.template],
-                )
-            except ValueError:
+            T_cam_ctr = _place(query, hypothesis.template, hypothesis.affine, camera)
+            if T_cam_ctr is None:
                 continue
-            if camera.distorted:
-                uv = camera.K @ T_cam_ctr[:3, 3]
-                straight = camera.undistort_points(uv[None, :2] / uv[2])[0]
-                if not np.isfinite(straight).all():
-                    continue
-                T_cam_ctr[:3, 3] = np.linalg.solve(camera.K, [*straight, 1.0]) * T_cam_ctr[2, 3]
             z = T_cam_ctr[2, 3]
-            if not z > 0:
-                continue
             lateral = _AFFINE_SIGMA_CROP_PX / float(query.M_crop_img[0, 0]) * z / camera.K[0, 0]
             sigma = np.array([lateral, lateral, _AFFINE_SIGMA_SCALE * z, *(_AFFINE_SIGMA_RAD,) * 3])
             confidence = _AFFINE_CONFIDENCE * float(np.clip(hypothesis.match_score, 0, 1))
-            T_cam_obj = T_cam_ctr @ bank.T_ctr_obj
+            T_cam_obj = T_cam_ctr @ query.bank.T_ctr_obj
             return _object_pose(query, hypothesis, T_cam_obj, confidence, np.diag(sigma**2), None)
         return None
+
+
+def _place(query: Query, template: int, affine: np.ndarray, camera: CameraModel) -> np.ndarray | None:
+    """T_cam_ctr (4, 4) of a template turned and placed by an affine between the crops; None without one."""
+    bank = query.bank
+    try:
+        T_cam_ctr = pose_from_affine(
+            affine,
+            query.M_crop_img,
+            bank.M_crop_img[template],
+            camera.K,
+            bank.K,
+            bank.T_cam_ctr[template],
+        )
+    except ValueError:
+        return None
+    if camera.distorted:
+        uv = camera.K @ T_cam_ctr[:3, 3]
+        straight = camera.undistort_points(uv[None, :2] / uv[2])[0]
+        if not np.isfinite(straight).all():
+            return None
+        T_cam_ctr[:3, 3] = np.linalg.solve(camera.K, [*straight, 1.0]) * T_cam_ctr[2, 3]
+    return T_cam_ctr if T_cam_ctr[2, 3] > 0 else None
+
+
+def _alike_parts(kinds: Sequence[bool], size: int) -> Iterator[list[int]]:
+    """Indices in parts of at most ``size``, each of one kind only."""
+    for kind in (True, False):
+        indices = [i for i, k in enumerate(kinds) if k == kind]
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def _patch_matches(query: Features, template: Features, query_masks: torch.Tensor) -> np.ndarray:
+    """(B, 2, 16, 16) query crop px (x, y) of each template patch's best match inside the query's mask."""
+    similarity = template.descriptors.transpose(1, 2) @ query.descriptors
+    outside = patch_mask(query_masks).flatten(1)[:, None] == 0
+    best = similarity.masked_fill(outside, -1.0).argmax(2).cpu().numpy()
+    patch = CROP_SIZE // PATCHES
+    centres = np.stack([best % PATCHES, best // PATCHES], 1) * patch + (patch - 1) / 2
+    return centres.reshape(-1, 2, PATCHES, PATCHES)
 
 
 def hypothesis_quality(
@@ -488,8 +665,8 @@ def hypothesis_quality(
 
 
 def _object_pose(
-    query: _Query,
-    hypothesis: _Hypothesis,
+    query: Query,
+    hypothesis: Hypothesis,
     T_cam_obj: np.ndarray,
     confidence: float,
     covariance: np.ndarray,

@@ -412,3 +412,84 @@ def test_from_mesh_dir_without_a_usable_mesh_says_why(tmp_path, weights):
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ConfigError, match=device):
         torch_device(device)
+
+
+def test_a_trace_tells_what_each_stage_did_and_changes_nothing(world, three):
+    rgb, truths, segments = world.picture(three)
+    estimator = world.estimator(hypotheses=3)
+    plain = estimator.estimate(rgb, PINHOLE, segments)
+    result = estimator.estimate(
+        rgb, PINHOLE, [*segments, Segment("teapot", 1.0, segments[0].mask)], trace=True
+    )
+    assert plain.traces == [] and len(result.traces) == 3
+    for pose, same, trace, truth in zip(plain.poses, result.poses, result.traces, truths):
+        np.testing.assert_array_equal(pose.T_cam_obj, same.T_cam_obj)
+        np.testing.assert_array_equal(pose.T_cam_obj, trace.answers[2].T_cam_obj)
+        assert trace.query.segment.class_id == pose.class_id
+        scores = [h.hypothesis.match_score for h in trace.hypotheses]
+        assert scores == sorted(scores, reverse=True) and len(scores) == 3
+        for one in trace.hypotheses:
+            assert one.hypothesis.flow.shape == (2, 64, 64) and one.hypothesis.matches.shape == (2, 16, 16)
+            check(one.answer, truth.T_cam_obj, 0.3, 0.001)
+            np.testing.assert_array_equal(one.answer.T_cam_obj, one.T_offsets)
+            # Stage 2 here knows where the object is; of its rotation only the template's.
+            check(replace(one.answer, T_cam_obj=one.T_affine), truth.T_cam_obj, 180, 0.002)
+            # Stage 1 has the template as it is: its crop becomes the segment's crop.
+            bank, index = trace.query.bank, one.hypothesis.template
+            np.testing.assert_allclose(one.T_match[:3, :3], bank.T_cam_ctr[index, :3, :3], atol=1e-6)
+            centre = PINHOLE.project((one.T_match @ np.append(bank.centre, 1.0))[None, :3])[0]
+            np.testing.assert_allclose(
+                (trace.query.M_crop_img @ np.append(centre, 1.0))[:2], bank.centres[index], atol=0.01
+            )
+    (first,) = world.estimator(hypotheses=1).estimate(rgb, PINHOLE, segments[:1]).poses
+    np.testing.assert_array_equal(first.T_cam_obj, result.traces[0].answers[0].T_cam_obj)
+
+
+def test_later_stages_can_be_given_a_template_or_other_correspondences(world, three):
+    rgb, truths, segments = world.picture(three[:1])
+    estimator = world.estimator(hypotheses=1)
+    far = int(np.argmin(truths[0].bank.T_cam_ctr[:, :3, 2] @ truths[0].T_cam_obj[:3, 2]))
+    (trace, nothing) = estimator.examine(
+        rgb, PINHOLE, [*segments, Segment("cone", 1.0, segments[0].mask & False)], [[far, 3], [0]]
+    )
+    assert nothing is None and [h.hypothesis.template for h in trace.hypotheses] == [far, 3]
+    one = trace.hypotheses[1]
+    check(estimator.answer(trace.query, one.hypothesis, PINHOLE), truths[0].T_cam_obj, 0.3, 0.001)
+    blind = replace(one.hypothesis, certainty=np.full((64, 64), -5.0))
+    assert estimator.answer(trace.query, blind, PINHOLE).source == "affine"
+
+
+def test_the_background_is_left_where_it_is_asked_for(world, three):
+    rgb, _, segments = world.picture(three[:1])
+    rgb = np.where(segments[0].mask[..., None], rgb, 200)
+    crops = [
+        world.estimator(keep_background=keep)._prepare(rgb, segments)[0][0].crop for keep in (False, True)
+    ]
+    outside = crops[0] != crops[1]
+    assert outside.any() and (crops[0].min() < crops[1].min())
+    assert not outside.all()
+
+
+def test_given_affines_start_stage_three(tmp_path, weights):
+    """Given what stage 2 said, stage 3 says what it said; given another, something else."""
+    trimesh.creation.box((0.1, 0.06, 0.03)).export(tmp_path / "box.ply")
+    estimator = PoseEstimator.from_mesh_dir(
+        tmp_path, weights=weights, cache_dir=tmp_path / "c", viewpoints=42, hypotheses=2
+    )
+    rgb = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    mask = np.zeros((480, 640), bool)
+    mask[100:220, 200:380] = True
+    segments = [Segment("box", 1.0, mask)]
+    (trace,) = estimator.estimate(rgb, PINHOLE, segments, trace=True).traces
+    assert [len(h.hypothesis.coarse) for h in trace.hypotheses] == [2, 2]
+    ids = [h.hypothesis.template for h in trace.hypotheses]
+    affines = [trace.hypotheses[0].hypothesis.affine, np.diag([0.5, 0.5, 1.0])]
+    (again,) = estimator.examine(rgb, PINHOLE, segments, [ids], [affines])
+    same, other = (h.hypothesis for h in again.hypotheses)
+    np.testing.assert_allclose(same.flow, trace.hypotheses[0].hypothesis.flow, atol=1e-3)
+    assert np.abs(other.flow - trace.hypotheses[1].hypothesis.flow).max() > 0.1
+    np.testing.assert_array_equal(other.affine, affines[1].astype(np.float32))
+    (mixed,) = estimator.examine(rgb, PINHOLE, segments, [ids], [[affines[0], None]])
+    np.testing.assert_allclose(
+        mixed.hypotheses[1].hypothesis.flow, trace.hypotheses[1].hypothesis.flow, atol=1e-3
+    )
