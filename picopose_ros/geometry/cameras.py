@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +14,36 @@ import numpy as np
 
 from picopose_ros.errors import CameraError
 
-# Number of coefficients each model of CameraInfo may come with; "" is a rectified image.
+# Number of coefficients each model of CameraInfo may come with; "" is a rectified image. plumb_bob and
+# rational_polynomial are one formula, whose missing coefficients are zero: like image_geometry, this takes
+# either name with any of OpenCV's lengths.
+_OPENCV_LENGTHS = (4, 5, 8, 12, 14)
 _COEFFICIENTS = {
-    "": (0,),
-    "plumb_bob": (0, 4, 5),
-    "rational_polynomial": (0, 8, 12, 14),
-    "equidistant": (0, 4),
+    "": (),
+    "plumb_bob": _OPENCV_LENGTHS,
+    "rational_polynomial": _OPENCV_LENGTHS,
+    "equidistant": (4,),
 }
+
+_RECTIFIED_NAME = re.compile(r"(^|_)(rect|rectified)(_|$)")
+_TRANSPORTS = frozenset({"compressed", "compressedDepth", "theora", "zstd", "ffmpeg"})
 
 _NEWTON_STEPS = 30
 _EXACT_PX = 1e-7
 _CONVERGED_PX = 1e-3
+
+
+def is_rectified_topic(topic: str) -> bool:
+    """Whether the name of an image topic says that its images are rectified.
+
+    image_proc and the camera drivers that follow it say so by ``rect`` in the last part of the name
+    (``image_rect``, ``image_rect_color``, ``image_rect_raw``, ``image_rectified``); a transport behind it
+    (``image_rect/compressed``) changes nothing.
+    """
+    parts = [part for part in topic.split("/") if part]
+    if len(parts) > 1 and parts[-1] in _TRANSPORTS:
+        parts.pop()
+    return bool(parts) and _RECTIFIED_NAME.search(parts[-1]) is not None
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ class CameraModel:
                 f"(known: {known}); rectify the images"
             )
         if len(self.D) not in _COEFFICIENTS[self.distortion_model]:
-            counts = " or ".join(str(n) for n in _COEFFICIENTS[self.distortion_model] if n) or "none"
+            counts = " or ".join(map(str, _COEFFICIENTS[self.distortion_model])) or "none"
             name = self.distortion_model or "no distortion model"
             raise CameraError(f"camera: {name} with {len(self.D)} coefficients; it takes {counts}")
 
@@ -172,6 +192,56 @@ class CameraModel:
                 -1,
             )
         return distorted @ self.K[:2, :2].T + self.K[:2, 2]
+
+    @classmethod
+    def from_camera_info(cls, info: Any, rectified: bool = False) -> CameraModel:
+        """The camera of the image that a ``sensor_msgs/CameraInfo`` came with, and check it.
+
+        K and P of a CameraInfo are of the full resolution; the image may be a part of it (``roi``) and
+        binned. As in ROS's image_geometry the principal point is moved by the offset first and then all is
+        divided by the binning, without half a pixel of correction; no ``roi`` (all zero) is the whole image,
+        no binning (0) is 1.
+
+        Args:
+            info: of rclpy, of rosbags, or anything else with the fields of the message.
+            rectified: the image is rectified (see `is_rectified_topic`). Then P describes it, and D and R do
+                not: points are those of the rectified camera's frame, whose origin is the optical centre of
+                this camera. The fourth column of P, which puts the second camera of a stereo pair into the
+                frame of the first, is not used.
+
+        Raises:
+            CameraError: it can't be used: no calibration, an unknown distortion model, a roi outside the
+                image.
+        """
+        width, height = int(info.width), int(info.height)
+        K, D = np.array(info.k, np.float64).reshape(3, 3), tuple(float(value) for value in info.d)
+        model = str(info.distortion_model)
+        if rectified:
+            P = np.array(info.p, np.float64).reshape(3, 4)
+            if P.any():
+                K = P[:, :3].copy()
+            elif any(D):
+                raise CameraError(
+                    "camera: the images are rectified, but P is zero: let the driver fill in P, or take the "
+                    "raw images"
+                )
+            model, D = "", ()
+        left, top, part_width, part_height = (
+            int(value) for value in (info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height)
+        )
+        if not (left or top or part_width or part_height):
+            part_width, part_height = width, height
+        elif part_width == 0 or part_height == 0 or left + part_width > width or top + part_height > height:
+            raise CameraError(
+                f"camera: its roi ({left}, {top}, {part_width}x{part_height}) is empty or leaves the image "
+                f"of {width}x{height} pixels; roi, width and height must be of the full resolution"
+            )
+        bins = np.array([max(int(info.binning_x), 1), max(int(info.binning_y), 1)])
+        K[:2, 2] -= left, top
+        K[:2] /= bins[:, None]
+        camera = cls(K, part_width // int(bins[0]), part_height // int(bins[1]), model, D)
+        camera.validate()
+        return camera
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> CameraModel:
