@@ -100,6 +100,10 @@ class OffsetConfig:
     """Per grid, widths of the flow head's 3x3 convolutions."""
     certainty_dims: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     """Per grid, widths of the certainty head's."""
+    aligned: bool
+    """First warp the query's features by the affine onto the template's grid, and refine the residual flow
+    there: windows, flow and kernels no longer depend on the in-plane rotation and the scale. Needs
+    `half_pixel`. False: the released network's flow in the query's own axes."""
     norm: bool
     """Batch normalisation after every hidden convolution, and a flow head that starts at zero: learns from
     nothing in a fraction of the pairs."""
@@ -147,6 +151,7 @@ def _released(name: str, timm_name: str, dim: int, taps: tuple[int, int, int]) -
             trunk_dims=None,
             head_dims=((512, 256), (512, 256), (512, 256)),
             certainty_dims=((512, 256), (512, 256), (512, 256)),
+            aligned=False,
             norm=False,
             half_pixel=False,
             detach=False,
@@ -170,11 +175,12 @@ PRESETS: dict[str, ModelConfig] = {
             levels=(1, 1, 1),
             lookup=("volume", "volume", "local"),
             cosine=True,
-            motion_dims=(64, 48, 24, 16, 46),
-            trunk_dims=None,
+            motion_dims=(48, 32, 16, 8, 30),
+            trunk_dims=(96, 64, 40),
             head_dims=((96, 96), (64, 64), (40, 40)),
-            certainty_dims=((96, 96), (64, 64), (40, 40)),
-            norm=False,
+            certainty_dims=((96,), (64,), (40,)),
+            aligned=True,
+            norm=True,
             half_pixel=True,
             detach=True,
         ),

@@ -141,7 +141,7 @@ class PicoPose(nn.Module):
         # With half-pixel grids the affine holds everywhere: a border of cells that point to a corner would
         # bleed into the object when the flow is upsampled.
         flow = initial_flow(affine, None if self.config.offsets.half_pixel else template_patches)
-        return self.offsets(template, query, flow, template_patches[:, None])
+        return self.offsets(template, query, flow, template_patches[:, None], affine)
 
     def regress(
         self,

@@ -34,6 +34,8 @@ class OffsetLevel:
     """(B, L (2r+1)^2, n, n) looked-up correlations."""
     motion: Tensor
     """(B, M, n, n) motion features."""
+    residual: Tensor | None = None
+    """(B, 2, n, n) with `aligned`: the flow less the affine, in cells of the template's axes."""
 
 
 def grid_positions(n: int, like: Tensor) -> Tensor:
@@ -201,31 +203,74 @@ class OffsetBlock(nn.Module):
             nn.init.zeros_(self.flow_head.predict.weight)
             nn.init.zeros_(self.flow_head.predict.bias)
 
-    def forward(self, template: Tensor, query: Tensor, flow: Tensor, certainty: Tensor) -> OffsetLevel:
+    def forward(
+        self,
+        template: Tensor,
+        query: Tensor,
+        flow: Tensor,
+        certainty: Tensor,
+        affine: Tensor | None = None,
+    ) -> OffsetLevel:
+        """One refinement.
+
+        Args:
+            template, query: (B, C, n, n). flow: (B, 2, n, n) cells, less the affine where one is given.
+            certainty: (B, 1, n, n) logits. affine: (B, 3, 3) template crop px -> query crop px (`aligned`).
+        """
         template, query = self.proj(template), self.proj(query)
+        grid = grid_positions(flow.shape[-1], flow)
+        if affine is None:
+            seen, position = query, grid + flow + self.shift
+        else:
+            base = affine_flow(affine, flow.shape[-1])
+            seen, position = sample_at(query, (grid + base + self.shift).to(query.dtype)), grid + flow
         if self.cosine:
             gain = self.log_gain.exp()
-            corr_t, corr_q = gain * F.normalize(template.float(), dim=1), F.normalize(query.float(), dim=1)
+            corr_t, corr_q = gain * F.normalize(template.float(), dim=1), F.normalize(seen.float(), dim=1)
         else:
-            corr_t, corr_q = template / math.sqrt(template.shape[1]), query
-        position = grid_positions(flow.shape[-1], flow) + flow + self.shift
+            corr_t, corr_q = template / math.sqrt(template.shape[1]), seen
         correlation = self.lookup(corr_t, corr_q, position, self.radius, self.levels)
         motion = self.encoder(correlation, flow)
-        warped = sample_at(query, position.to(query.dtype))
+        warped = sample_at(seen, position.to(seen.dtype))
         joint = self.trunk(torch.cat([template, warped, motion], 1))
-        flow_step = self.flow_head(joint).float()
+        step = self.flow_head(joint).float()
         certainty_step = self.certainty_head(joint).float()
+        flow_in, flow_step, residual = flow, step, None
+        if affine is not None:
+            residual = flow + step
+            flow_in, flow_step = base + _turned(affine, flow), _turned(affine, step)
         return OffsetLevel(
-            flow=flow + flow_step,
+            flow=flow_in + flow_step,
             certainty=certainty + certainty_step,
             flow_step=flow_step,
             certainty_step=certainty_step,
-            flow_in=flow,
+            flow_in=flow_in,
             template=template,
             query=query,
             correlation=correlation,
             motion=motion,
+            residual=residual,
         )
+
+
+def affine_flow(affine: Tensor, n: int) -> Tensor:
+    """The flow label ((px - 0.5) / cell - index) of an affine at the cell centres of a grid.
+
+    Args:
+        affine: (B, 3, 3) template crop px -> query crop px.
+    Returns:
+        (B, 2, n, n) cells.
+    """
+    cell = CROP_SIZE / n
+    grid = grid_positions(n, affine)
+    centres = ((grid + 0.5) * cell - 0.5).flatten(1)
+    target = affine[:, :2, :2] @ centres + affine[:, :2, 2:]
+    return (target.unflatten(2, (n, n)) - 0.5) / cell - grid
+
+
+def _turned(affine: Tensor, flow: Tensor) -> Tensor:
+    """A flow in the template's axes as one in the query's."""
+    return (affine[:, :2, :2] @ flow.flatten(2)).unflatten(2, flow.shape[2:])
 
 
 def _double(x: Tensor, half_pixel: bool) -> Tensor:
@@ -239,23 +284,36 @@ class OffsetRegressor(nn.Module):
         super().__init__()
         self.detach = config.detach
         self.half_pixel = config.half_pixel
+        self.aligned = config.aligned
         self.blocks = nn.ModuleList([OffsetBlock(width, config, level) for level, width in enumerate(widths)])
 
     def forward(
-        self, template: tuple[Tensor, ...], query: tuple[Tensor, ...], flow: Tensor, certainty: Tensor
+        self,
+        template: tuple[Tensor, ...],
+        query: tuple[Tensor, ...],
+        flow: Tensor,
+        certainty: Tensor,
+        affine: Tensor,
     ) -> list[OffsetLevel]:
         """Refine a flow from the 16x16 grid to the 64x64 grid.
 
         Args:
             template, query: three maps (B, C, n, n) each, n = 16, 32, 64.
             flow: (B, 2, 16, 16) initial flow in cells. certainty: (B, 1, 16, 16) initial logits.
+            affine: (B, 3, 3) template crop px -> query crop px, which the flow came from.
         """
         levels: list[OffsetLevel] = []
+        if self.aligned:
+            flow = torch.zeros_like(flow)
         for block, t, q in zip(self.blocks, template, query, strict=True):
             if levels:
-                flow = 2 * _double(levels[-1].flow, self.half_pixel) - 0.5 * self.half_pixel
-                certainty = _double(levels[-1].certainty, self.half_pixel)
+                last = levels[-1]
+                if self.aligned:
+                    flow = 2 * _double(last.residual, True)
+                else:
+                    flow = 2 * _double(last.flow, self.half_pixel) - 0.5 * self.half_pixel
+                certainty = _double(last.certainty, self.half_pixel)
                 if self.detach:
                     flow, certainty = flow.detach(), certainty.detach()
-            levels.append(block(t, q, flow, certainty))
+            levels.append(block(t, q, flow, certainty, affine if self.aligned else None))
         return levels
