@@ -317,24 +317,21 @@ def camera_message(camera: CameraModel, head: Any) -> Any:
     )
 
 
-def camera_from_message(content: Any, topic: str) -> CameraModel:
-    """A CameraInfo as camera model.
+def camera_from_message(content: Any, topic: str, rectified: bool = False) -> CameraModel:
+    """A CameraInfo as camera model; see `CameraModel.from_camera_info`.
+
+    Args:
+        content: the message.
+        topic: where it came from, for the error message.
+        rectified: its images are rectified.
 
     Raises:
         CameraError: it can't be used; names the topic.
     """
-    camera = CameraModel(
-        np.array(content.k).reshape(3, 3),
-        int(content.width),
-        int(content.height),
-        content.distortion_model,
-        tuple(float(value) for value in content.d),
-    )
     try:
-        camera.validate()
+        return CameraModel.from_camera_info(content, rectified)
     except CameraError as error:
         raise CameraError(f"camera_info on {topic} can't be used: {error}") from error
-    return camera
 
 
 def segments_message(segments: Sequence[Segment], head: Any, height: int, width: int) -> Any:

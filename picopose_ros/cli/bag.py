@@ -19,7 +19,7 @@ from picopose_ros import bags
 from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
 from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
-from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 from picopose_ros.images import image_to_rgb
 from picopose_ros.instances import InstanceNamer
 
@@ -86,7 +86,7 @@ def process_bag(
             bags.stamp_of(message): (recorded, message)
             for _, recorded, message in reader.messages([segmentation_topic])
         }
-        cameras = _Cameras(reader, camera_info_topic)
+        cameras = _Cameras(reader, camera_info_topic, is_rectified_topic(image_topic))
         total = len(segmentations)
         namer = InstanceNamer()
         with bags.BagWriter(target, storage or reader.storage) as writer:
@@ -134,8 +134,9 @@ def process_bag(
 class _Cameras:
     """The camera_infos of a recording, by stamp and by time."""
 
-    def __init__(self, reader: bags.BagReader, topic: str) -> None:
+    def __init__(self, reader: bags.BagReader, topic: str, rectified: bool) -> None:
         self._topic = topic
+        self._rectified = rectified
         entries = [(recorded, message) for _, recorded, message in reader.messages([topic])]
         self._times = [recorded for recorded, _ in entries]
         self._messages = [message for _, message in entries]
@@ -152,7 +153,7 @@ class _Cameras:
         message = self._by_stamp.get(stamp)
         if message is None:
             message = self._messages[max(bisect.bisect_right(self._times, recorded) - 1, 0)]
-        return bags.camera_from_message(message, self._topic)
+        return bags.camera_from_message(message, self._topic, self._rectified)
 
 
 def _decode(reader: bags.BagReader, raw: bytes, connection: Connection, report: BagReport) -> Any:

@@ -35,24 +35,21 @@ def stamp_to_nanoseconds(stamp: Any) -> int:
     return stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
-def camera_from_message(message: Any, topic: str) -> CameraModel:
-    """A ``sensor_msgs/CameraInfo`` as camera model.
+def camera_from_message(message: Any, topic: str, rectified: bool = False) -> CameraModel:
+    """A ``sensor_msgs/CameraInfo`` as camera model; see `CameraModel.from_camera_info`.
+
+    Args:
+        message: the CameraInfo.
+        topic: where it came from, for the message.
+        rectified: its images are rectified.
 
     Raises:
         CameraError: K is zero, NaN or otherwise no intrinsics, or the distortion model is unknown.
     """
-    camera = CameraModel(
-        K=np.array(message.k, dtype=np.float64).reshape(3, 3),
-        width=int(message.width),
-        height=int(message.height),
-        distortion_model=message.distortion_model,
-        D=tuple(float(value) for value in message.d),
-    )
     try:
-        camera.validate()
+        return CameraModel.from_camera_info(message, rectified)
     except CameraError as error:
         raise CameraError(f"camera_info on {topic} can't be used: {error}") from error
-    return camera
 
 
 def segments_from_message(
