@@ -451,18 +451,29 @@ def _draw(rng: np.random.Generator, families: dict[str, tuple[Family, float]]) -
     return list(families)[rng.choice(len(families), p=share / share.sum())]
 
 
-def build_object(seed: int, texture_size: int = 512) -> ProceduralObject:
+def build_object(
+    seed: int,
+    texture_size: int = 512,
+    unseen_shapes: bool | None = None,
+    unseen_textures: bool | None = None,
+) -> ProceduralObject:
     """Make the object of a seed, with the names of its families.
 
     :param seed: any non-negative integer; see the module's text for what its range means.
     :param texture_size: side of the texture images in pixels.
+    :param unseen_shapes: draw from the shape families that training never sees; None: as the seed's range says.
+    :param unseen_textures: the same for the texture families.
     :raises ValueError: on a negative seed.
     """
     if seed < 0:
         raise ValueError(f"object seed {seed} is negative: use 0 or more")
     rng = np.random.default_rng([seed, 0x91C0])
     unseen = seed >= UNSEEN_FAMILY_SEED
-    families = HELD_OUT_SHAPES if unseen else TRAINING_SHAPES
+    if unseen_shapes is None:
+        unseen_shapes = unseen
+    if unseen_textures is None:
+        unseen_textures = unseen
+    families = HELD_OUT_SHAPES if unseen_shapes else TRAINING_SHAPES
     count = int(rng.choice([1, 2, 3, 4, 5], p=[0.5, 0.2, 0.15, 0.1, 0.05]))
     names, shapes = [], []
     for index in range(count):
@@ -481,10 +492,10 @@ def build_object(seed: int, texture_size: int = 512) -> ProceduralObject:
     factor = diagonal / np.linalg.norm(np.ptp(whole, axis=0))
     turn = np.eye(3) if rng.uniform() < 0.7 else _random_rotation(rng)
 
-    shared = paint(rng, texture_size, unseen)
+    shared = paint(rng, texture_size, unseen_textures)
     parts, textures = [], []
     for shape in shapes:
-        name, image = shared if rng.uniform() < 0.4 else paint(rng, texture_size, unseen)
+        name, image = shared if rng.uniform() < 0.4 else paint(rng, texture_size, unseen_textures)
         mesh = _mesh(shape.mesh.vertices * factor, shape.mesh.faces)
         scale = float(mesh.extents.max() * rng.uniform(1.1, 2.0))
         project = project_cylinder if shape.wrap and rng.uniform() < 0.7 else project_box

@@ -1,0 +1,228 @@
+"""Which objects look the same in two poses: a rule on shape and texture alone, made before any evaluation.
+
+An object is turned about the centre of its surface by a fixed set of rotations of 30 degrees and more, and
+rendered without light from 12 directions. A pixel of the two silhouettes *differs* where only one of them has
+it, where the colours are more than :data:`COLOUR_STEP` apart, or the surfaces more than :data:`DEPTH_STEP` of
+the object's size. The share of pixels that differ, averaged over the directions, says how well the rotation
+can be told from none; the smallest such share over all rotations is the object's *margin*.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import trimesh
+from scipy.spatial import cKDTree
+
+from picopose_ros.templates.meshes import Symmetries
+from picopose_ros.templates.renderer import MeshRenderer, Rendering
+from picopose_ros.templates.viewpoints import icosphere
+
+#: An object with a smaller margin is ambiguous.
+AMBIGUOUS_MARGIN = 0.12
+#: A rotation that changes less than this share of the pixels in *every* direction is a symmetry.
+SYMMETRY_SHARE = 0.04
+#: Colours this far apart (largest channel, 8 bit, after a slight blur) are seen as different.
+COLOUR_STEP = 25.0
+#: Surfaces this far apart (share of twice the object's radius) are seen as different.
+DEPTH_STEP = 0.03
+#: Smaller rotations do not count: where nothing else is alike, they are a small error and not another pose.
+SMALLEST_ANGLE = 30.0
+
+_SIDE = 96
+_DISTANCE = 6.0  # of the camera, in radii of the object
+_SAMPLES = 4000
+_FINALISTS = 16
+_WORTH_LOOKING = 0.12  # mean gap of the surfaces in radii
+
+
+@dataclass(frozen=True)
+class Ambiguity:
+    """How much an object looks like itself turned."""
+
+    margin: float
+    """Smallest share of differing pixels over the rotations, mean over the directions; 1 if no rotation
+    even keeps the shape."""
+    rotation: np.ndarray
+    """(4, 4) the rotation of the margin, in the mesh's frame, metres; the identity if there is none."""
+    symmetries: Symmetries
+    """The rotations that nobody could see, in the mesh's frame."""
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether the margin is below :data:`AMBIGUOUS_MARGIN`."""
+        return self.margin < AMBIGUOUS_MARGIN
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a rotation is a symmetry of shape and texture (BOP: ADD-S is for these)."""
+        return bool(self.symmetries.discrete or self.symmetries.continuous)
+
+
+def _about(axis: np.ndarray, degrees: float) -> np.ndarray:
+    return trimesh.transformations.rotation_matrix(np.deg2rad(degrees), axis)[:3, :3]
+
+
+def _angles() -> list[float]:
+    """Every 15 degrees, and the steps of the regular polygons that these leave out."""
+    angles = {15.0 * k for k in range(1, 24)}
+    for corners in (5, 7):
+        angles |= {360.0 * k / corners for k in range(1, corners)}
+    return sorted(a for a in angles if SMALLEST_ANGLE <= a <= 360 - SMALLEST_ANGLE)
+
+
+def _cube() -> list[np.ndarray]:
+    """The 23 rotations other than the identity that take a cube to itself."""
+    turns = []
+    for first, second in itertools.permutations(range(3), 2):
+        for a, b in itertools.product((-1.0, 1.0), repeat=2):
+            x, y = a * np.eye(3)[first], b * np.eye(3)[second]
+            turns.append(np.stack([x, y, np.cross(x, y)]))
+    return [turn for turn in turns if not np.allclose(turn, np.eye(3))]
+
+
+def _frames(points: np.ndarray) -> list[np.ndarray]:
+    """Axes that symmetries may have, (3, 3) with one per row: the box's, the inertia's, the tightest box's."""
+    _, axes = np.linalg.eigh(np.cov(points.T))
+    tight = trimesh.bounds.oriented_bounds(points)[0][:3, :3]
+    return [np.eye(3), axes.T * np.linalg.det(axes), tight]
+
+
+def candidate_rotations(points: np.ndarray) -> np.ndarray:
+    """The rotations (R, 3, 3) that are tried on an object with these surface points (n, 3).
+
+    About the axes of its box, of its inertia and of its tightest box by every 15 degrees, by the steps of
+    regular pentagons and heptagons, and what takes a cube to itself.
+    """
+    found = []
+    for axes in _frames(points):
+        found += [axes.T @ turn @ axes for turn in _cube()]
+        found += [_about(axis, angle) for axis in axes for angle in _angles()]
+    kept = np.array(found[:1])
+    for rotation in found[1:]:
+        if (np.einsum("nij,ij->n", kept, rotation).max() - 1) / 2 < np.cos(np.deg2rad(1.0)):
+            kept = np.concatenate([kept, rotation[None]])
+    return kept
+
+
+class _Booth:
+    """Pictures of one object from the 12 directions."""
+
+    def __init__(self, renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) -> None:
+        self._renderer, self._parts = renderer, parts
+        shape = trimesh.util.concatenate([trimesh.Trimesh(p.vertices, p.faces, process=False) for p in parts])
+        self.points = trimesh.sample.sample_surface(shape, _SAMPLES, seed=0)[0]
+        # The centre of the surface stays where it is under every symmetry; the box's centre does not.
+        self.centre = np.average(shape.triangles_center, axis=0, weights=shape.area_faces)
+        self.radius = float(np.linalg.norm(shape.vertices - self.centre, axis=1).max())
+        focal = 0.95 * _SIDE / 2 * np.sqrt(_DISTANCE**2 - 1)
+        middle = (_SIDE - 1) / 2
+        self._K = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]])
+        # Aslant, so that no direction looks along an axis of a box, where two sides would be all there is.
+        slant = _about(np.array([0.3, 0.5, 0.81]), 23.0)
+        self._poses = []
+        for direction in icosphere(0) @ slant.T:
+            x = np.cross(direction, [0.13, 0.37, 0.92])
+            x /= np.linalg.norm(x)
+            pose = np.eye(4)
+            pose[:3, :3] = x, np.cross(-direction, x), -direction
+            pose[2, 3] = _DISTANCE * self.radius
+            self._poses.append(pose)
+        self._plain = [self._look(pose, np.eye(3)) for pose in self._poses]
+
+    def about_centre(self, rotation: np.ndarray) -> np.ndarray:
+        """(4, 4) the rotation (3, 3) about the object's centre, in the mesh's frame."""
+        T = np.eye(4)
+        T[:3, :3], T[:3, 3] = rotation, self.centre - rotation @ self.centre
+        return T
+
+    def _look(self, pose: np.ndarray, rotation: np.ndarray) -> Rendering:
+        shift = np.eye(4)
+        shift[:3, 3] = -self.centre
+        view = self._renderer.render(
+            self._parts, pose @ shift @ self.about_centre(rotation), self._K, _SIDE, _SIDE
+        )
+        return Rendering(cv2.GaussianBlur(view.rgb, (0, 0), 0.8), view.depth)
+
+    def differing(self, rotation: np.ndarray, directions: Sequence[int]) -> np.ndarray:
+        """Share of the pixels that differ when the object is turned, per direction."""
+        return np.array(
+            [
+                differing_share(self._plain[i], self._look(self._poses[i], rotation), 2 * self.radius)
+                for i in directions
+            ]
+        )
+
+
+def differing_share(one: Rendering, other: Rendering, size: float) -> float:
+    """Share of the pixels of two silhouettes in which they, the colours or the surfaces differ visibly.
+
+    Args:
+        one, other: pictures of the same size. size: of the object in metres, for the depth's step.
+    """
+    either, both = one.mask | other.mask, one.mask & other.mask
+    colour = np.abs(one.rgb.astype(np.int16) - other.rgb).max(axis=-1) > COLOUR_STEP
+    surface = np.abs(one.depth - other.depth) > DEPTH_STEP * size
+    # A silhouette's last pixel is a matter of rounding.
+    edge = cv2.morphologyEx((either & ~both).astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8)) > 0
+    return float((edge | (both & (colour | surface))).sum() / max(int(either.sum()), 1))
+
+
+def _shape_gap(points: np.ndarray, tree: cKDTree, rotation: np.ndarray) -> float:
+    """Mean distance of the turned surface points (n, 3) to the surface's own."""
+    return float(tree.query(points @ rotation.T)[0].mean())
+
+
+def measure_ambiguity(renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) -> Ambiguity:
+    """Apply the rule to an object.
+
+    Args:
+        renderer: without antialiasing. parts: metres, as the mesh reader gives them.
+    Raises:
+        RenderError: OpenGL fails.
+    """
+    booth = _Booth(renderer, parts)
+    centred = booth.points - booth.centre
+    tree, probe = cKDTree(centred), centred[:: _SAMPLES // 400]
+    # Where the shapes lie this far apart most pixels differ in depth or silhouette: not worth a picture.
+    rotations = [
+        R
+        for R in candidate_rotations(centred)
+        if _shape_gap(probe, tree, R) < _WORTH_LOOKING * booth.radius
+    ]
+    few = [booth.differing(R, range(0, 12, 4)).mean() for R in rotations]
+    finalists = [rotations[i] for i in np.argsort(few, kind="stable")[:_FINALISTS]]
+    margin, best = 1.0, np.eye(3)
+    for R in finalists:
+        share = booth.differing(R, range(12))
+        if share.mean() < margin:
+            margin, best = float(share.mean()), R
+    alike = [R for R, share in zip(rotations, few, strict=True) if share < SYMMETRY_SHARE]
+    exact = [R for R in alike if booth.differing(R, range(12)).max() < SYMMETRY_SHARE]
+    renderer.release(parts)
+    return Ambiguity(margin, booth.about_centre(best), _as_symmetries(exact, booth))
+
+
+def _as_symmetries(rotations: list[np.ndarray], booth: _Booth) -> Symmetries:
+    """Put symmetries into BOP's form: those that fill a whole turn about an axis become continuous.
+
+    One continuous axis at most: a sphere's three would be hundreds of thousands of motions.
+    """
+    vectors = [trimesh.transformations.rotation_from_matrix(_homogeneous(R)) for R in rotations]
+    for angle_axis in vectors:
+        axis = angle_axis[1]
+        around = [abs(other[1] @ axis) > np.cos(np.deg2rad(1.0)) for other in vectors]
+        if sum(around) >= len(_angles()):
+            flips = [R for R, same in zip(rotations, around, strict=True) if not same and (R @ axis) @ axis < -0.99]
+            return Symmetries(tuple(booth.about_centre(R) for R in flips[:1]), ((axis, booth.centre),))
+    return Symmetries(tuple(booth.about_centre(R) for R in rotations))
+
+
+def _homogeneous(rotation: np.ndarray) -> np.ndarray:
+    T = np.eye(4)
+    T[:3, :3] = rotation
+    return T
