@@ -9,7 +9,16 @@ import pytest
 
 from picopose_ros.instances import InstanceNamer
 from picopose_ros.node.drops import DropLog, DropReason
-from picopose_ros.node.pairing import INFO_PATIENCE, MAX_PENDING, StampPairing, format_stamp
+from picopose_ros.node.pairing import (
+    INFO_PATIENCE,
+    JUMP_BACK,
+    MAX_HALVES,
+    MAX_PENDING,
+    HalfJoin,
+    Pair,
+    StampPairing,
+    format_stamp,
+)
 from picopose_ros.node.worker import NewestWorker
 
 FRAME = 33_333_333  # ns between images at 30 Hz
@@ -128,13 +137,122 @@ def test_segmentations_without_any_image_do_not_pile_up(reports: Reports) -> Non
     assert len(reports) == MAX_PENDING + 10
 
 
-def test_a_bag_that_loops_pairs_again(reports: Reports) -> None:
-    pairing = StampPairing(1.0, 150, reports)
+def test_a_bag_that_loops_is_noticed_once_and_pairs_again(reports: Reports) -> None:
+    jumps: list[str] = []
+    pairing = StampPairing(5.0, 150, reports, on_jump=jumps.append)
     stream(pairing, 90)
-    stream(pairing, 30, start=10.0)  # the same stamps again, later
-    (pair,) = pairing.add_segmentation(5 * FRAME, "masks", 11.0)
+    (old,) = pairing.add_segmentation(80 * FRAME, "masks", 3.0)
+    pairing.add_segmentation(89 * FRAME + 1, "masks", 3.0)
+    stream(pairing, 30, start=3.01)  # the same stamps again, at once
+    assert len(pairing) == 30
+    assert reports.reasons == [DropReason.CLEARED]
+    (message,) = jumps
+    assert "from 2.966666637 to 0.000000000" in message and "90 images" in message
+    (pair,) = pairing.add_segmentation(5 * FRAME, "masks", 4.1)
     assert pair.image == "image 5"
+    assert pairing.expire(10.0) == []
+    assert len(reports) == 1
+    assert (old.epoch, pair.epoch) == (0, 1)
+    assert pair.order > old.order
+
+
+def test_images_in_a_wrong_order_are_no_jump(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports, on_jump=pytest.fail)
+    for stamp in (5 * JUMP_BACK, 4 * JUMP_BACK, 5 * JUMP_BACK + 1, 9 * JUMP_BACK, 8 * JUMP_BACK):
+        pairing.add_image(stamp, "image", 0.0)
+    assert len(pairing) == 5
+
+
+def test_what_overtook_the_first_image_after_a_jump_is_kept(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports)
+    stream(pairing, 90)
+    pairing.add_camera_info(3 * FRAME + 1, "info", 3.2)
+    pairing.add_segmentation(3 * FRAME + 1, "masks", 3.2)
+    (pair,) = pairing.add_image(3 * FRAME + 1, "image", 3.21)
+    assert (pair.image, pair.camera_info, pair.epoch) == ("image", "info", 1)
     assert reports == []
+
+
+def test_a_latched_camera_info_survives_a_jump(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports)
+    pairing.add_camera_info(0, "latched", 0.0)
+    for stamp in (1000 * FRAME, 7):
+        pairing.add_image(stamp, f"image {stamp}", 1.0)
+    assert pairing.epoch == 1
+    assert pairing.add_segmentation(7, "masks", 1.1)[0].camera_info == "latched"
+
+
+def test_a_camera_that_stalls_for_a_minute_comes_back(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports, on_jump=pytest.fail)
+    stream(pairing, 60)
+    for second in range(2, 62):
+        pairing.expire(float(second))
+    for i in range(60 * 30, 61 * 30):  # and all it had to say comes at once
+        pairing.add_image(i * FRAME, f"image {i}", 62.0)
+        pairing.add_camera_info(i * FRAME, f"info {i}", 62.0)
+    (pair,) = pairing.add_segmentation(1829 * FRAME, "masks", 62.1)
+    assert (pair.image, pair.camera_info) == ("image 1829", "info 1829")
+    assert reports == []
+
+
+@pytest.mark.parametrize(("images", "segmentations"), [(30, 10), (10, 30), (60, 20)])
+def test_every_segmentation_at_any_rate_is_paired_or_counted(
+    images: int, segmentations: int, reports: Reports
+) -> None:
+    pairing = StampPairing(5.0, 150, reports)
+    pairs = []
+    for tick in range(420 * 3):  # of both rates' common multiple
+        now, stamp = tick / 420, round(tick * 1e9 / 420)
+        if tick % (420 // images) == 0:
+            pairing.add_image(stamp, tick, now)
+            pairing.add_camera_info(stamp, tick, now)
+        if tick % (420 // segmentations) == 0:
+            pairs += pairing.add_segmentation(stamp, tick, now)
+    pairs += pairing.expire(10.0)
+    assert all(pair.image == pair.segmentation == pair.camera_info for pair in pairs)
+    assert pairing.counts.segmentations == len(pairs) + len(reports)
+    assert len(pairs) == 3 * min(images, segmentations)
+    assert set(reports.reasons) <= {DropReason.NO_IMAGE}
+
+
+def test_clearing_counts_what_waited(reports: Reports) -> None:
+    pairing = StampPairing(5.0, 150, reports)
+    stream(pairing, 10)
+    pairing.add_segmentation(3, "masks", 0.3)
+    pairing.clear("the node was deactivated")
+    assert len(pairing) == 0
+    assert reports.reasons == [DropReason.CLEARED]
+    assert "the node was deactivated" in reports[0][1]
+    pairing.add_image(0, "image", 1.0)
+    assert pairing.epoch == 0
+
+
+# Segmentations in two halves.
+
+
+def test_halves_are_joined_in_their_order_whichever_comes_first(reports: Reports) -> None:
+    join = HalfJoin(("/boxes", "/labels"), reports)
+    assert join.add(0, 1, "boxes 1", 0.0) is None
+    assert join.add(1, 2, "labels 2", 0.0) is None
+    assert join.add(1, 1, "labels 1", 0.1) == ("boxes 1", "labels 1")
+    assert join.add(0, 2, "boxes 2", 0.1) == ("boxes 2", "labels 2")
+    join.expire(10.0)
+    assert reports == []
+
+
+def test_a_half_that_stays_alone_is_reported_and_does_not_pile_up(reports: Reports) -> None:
+    join = HalfJoin(("/boxes", "/labels"), reports)
+    for stamp in range(MAX_HALVES + 2):
+        join.add(0, stamp, "boxes", 0.0)
+    assert reports.reasons == [DropReason.INCOMPLETE_SEGMENTATION] * 2
+    assert "/boxes has a message with stamp 0.000000000, but /labels has none" in reports[0][1]
+    join.expire(0.5)
+    assert len(reports) == 2
+    join.expire(1.5)
+    assert len(reports) == MAX_HALVES + 2
+    join.add(1, 5, "labels", 2.0)
+    join.clear()
+    assert "/labels has a message" in reports[-1][1]
 
 
 def test_silent_camera_leaves_no_stale_images(reports: Reports) -> None:
@@ -173,6 +291,100 @@ def test_worker_handles_the_newest_and_hands_back_what_it_replaced() -> None:
     assert handled == [1, 4]
 
 
+def test_worker_keeps_the_newer_of_two_that_wait_whichever_came_later() -> None:
+    """A pair that waited in vain for its camera_info comes after newer ones, and must not push them out."""
+    pairs = [Pair(stamp, "image", "info", "masks", 0.0, epoch) for stamp, epoch in ((9, 0), (5, 0), (1, 1))]
+    worker: NewestWorker[Pair] = NewestWorker(
+        lambda: None, lambda pair: None, lambda error: None, order=lambda pair: pair.order
+    )  # never started: nothing takes the item away
+    newer, older, after_jump = pairs
+    assert worker.submit(newer) is None
+    assert worker.submit(older) is older
+    assert worker.submit(after_jump) is newer
+    assert worker.submit(newer) is newer
+
+
+class SlowWorker:
+    """A worker whose items end only when they are told to."""
+
+    def __init__(self) -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        self.done: list[str] = []
+        self.worker: NewestWorker[str] = NewestWorker(lambda: None, self._handle, lambda error: None)
+        self.worker.start()
+
+    def _handle(self, item: str) -> None:
+        self.started.set()
+        self.go_on.wait(10)
+        self.done.append(item)
+
+
+def test_calls_and_items_take_turns() -> None:
+    slow = SlowWorker()
+    slow.worker.submit("first")
+    assert slow.started.wait(10)
+    futures = [slow.worker.call(lambda n=n: slow.done.append(f"call {n}")) for n in range(3)]
+    slow.worker.submit("second")
+    slow.go_on.set()
+    for future in futures:
+        future.result(10)
+    assert slow.worker.close(10)
+    assert slow.done == ["first", "call 0", "second", "call 1", "call 2"]
+
+
+def test_a_call_gives_its_result_or_what_it_raised() -> None:
+    slow = SlowWorker()
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    assert slow.worker.call(lambda: threading.current_thread().name).result(10) == "picopose_worker"
+    with pytest.raises(ValueError, match="no"):
+        slow.worker.call(fail).result(10)
+    assert slow.worker.close(10)
+    assert slow.worker.call(fail).cancelled()
+
+
+def test_draining_waits_for_the_item_in_hand_and_drops_the_one_behind() -> None:
+    slow = SlowWorker()
+    slow.worker.submit("first")
+    assert slow.started.wait(10)
+    slow.worker.submit("second")
+    waiting = slow.worker.call(lambda: "still answered")
+    assert slow.worker.drain(0.01) == ("second", False)
+    slow.go_on.set()
+    assert slow.worker.drain(10) == (None, True)
+    assert slow.done == ["first"]
+    assert waiting.result(10) == "still answered"
+    assert slow.worker.close(10)
+
+
+def test_closing_cancels_calls_that_wait_and_tears_down_on_the_thread() -> None:
+    torn_down: list[str] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def handle(item: int) -> None:
+        started.set()
+        go_on.wait(10)
+
+    worker: NewestWorker[int] = NewestWorker(
+        lambda: None,
+        handle,
+        lambda error: None,
+        teardown=lambda: torn_down.append(threading.current_thread().name),
+    )
+    worker.start()
+    assert worker.settled.wait(10) and worker.ready.is_set()
+    worker.submit(1)
+    assert started.wait(10)
+    call = worker.call(lambda: None)
+    assert not worker.close(0.01)
+    assert call.cancelled()
+    go_on.set()
+    assert worker.close(10)
+    assert torn_down == ["picopose_worker"]
+
+
 def test_worker_survives_what_an_item_raises() -> None:
     errors: list[Exception] = []
     done = threading.Event()
@@ -200,6 +412,7 @@ def test_worker_keeps_what_set_up_raised() -> None:
 
     worker: NewestWorker[int] = NewestWorker(setup, lambda item: None, lambda error: None)
     worker.start()
+    assert worker.settled.wait(10)
     assert worker.close(10)
     assert str(worker.failure) == "no weights"
     assert not worker.ready.is_set()

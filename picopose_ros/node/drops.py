@@ -18,8 +18,11 @@ class DropReason(str, Enum):
     NO_IMAGE = "no_image"
     IMAGE_LEFT_BUFFER = "image_left_buffer"
     NO_CAMERA_INFO = "no_camera_info"
+    INCOMPLETE_SEGMENTATION = "incomplete_segmentation"
+    CLEARED = "cleared"
     BUSY = "busy"
     BAD_IMAGE = "bad_image"
+    UNCALIBRATED = "uncalibrated"
     BAD_CAMERA_INFO = "bad_camera_info"
     BAD_SEGMENT = "bad_segment"
     MASK_SIZE = "mask_size"
@@ -29,6 +32,7 @@ class DropReason(str, Enum):
     NO_POSE = "no_pose"
     LOW_SCORE = "low_score"
     BAD_FRAME_ID = "bad_frame_id"
+    NO_TRANSFORM = "no_transform"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -97,7 +97,9 @@ class PicoPoseNode(Node):
         self._pairing = StampPairing(
             self._settings.buffer_seconds, self._settings.buffer_images, self._drops.record
         )
-        self._worker: NewestWorker[Pair] = NewestWorker(self._load, self._process, self._on_crash)
+        self._worker: NewestWorker[Pair] = NewestWorker(
+            self._load, self._process, self._on_crash, order=lambda pair: pair.order
+        )
         # Not the node's clock: with simulated time a paused bag would stop the housekeeping too.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(HOUSEKEEPING_PERIOD, self._guard(self._housekeeping), clock=steady)
@@ -184,6 +186,7 @@ class PicoPoseNode(Node):
 
     def _submit(self, pairs: list[Pair]) -> None:
         for pair in pairs:
+            # The one that loses its place is the older of two: pairs don't always come in order.
             replaced = self._worker.submit(pair)
             if replaced is not None:
                 self._drops.record(
