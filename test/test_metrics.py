@@ -20,13 +20,15 @@ from picopose_ros.evaluation.metrics import (
     bop_errors,
     bop_recalls,
     bop_symmetries,
-    depth_to_distance,
     evaluation_points,
+    fit_platt,
     match_by_position,
     mspd,
     mssd,
     pose_errors,
+    ray_lengths,
     reliability,
+    rescaled,
     rotation_error_deg,
     translation_error,
     visible_surface,
@@ -129,11 +131,10 @@ def test_vsd_tolerates_what_lies_a_little_behind_the_measurement() -> None:
 
 
 def test_distances_are_longer_than_depths_off_the_axis() -> None:
-    depth = np.zeros((481, 641))
-    depth[240, 320], depth[240, 570], depth[0, 0] = 2.0, 2.0, 0.0
-    distance = depth_to_distance(depth, K)
-    assert distance[240, 320] == 2.0 and distance[0, 0] == 0.0
-    assert distance[240, 570] == pytest.approx(2.0 * np.sqrt(1 + 0.5**2))
+    rays = ray_lengths(481, 641, K)
+    assert rays[240, 320] == 1.0
+    assert rays[240, 570] == pytest.approx(np.sqrt(1 + 0.5**2))
+    assert rays[0, 320] == pytest.approx(np.sqrt(1 + 0.48**2))
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +239,19 @@ def test_reliability_by_hand() -> None:
     assert found.correct[9] == pytest.approx(2 / 3) and found.confidence[9] == pytest.approx(0.95)
     assert np.isnan(found.correct[4])
     assert found.error == pytest.approx((0.05 * 1 + (0.95 - 2 / 3) * 3) / 4)
+
+
+def test_platt_mapping_is_found_and_keeps_the_order() -> None:
+    """Poses that are right as often as a mapping of their confidence says."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.05, 0.95, 4000)
+    correct = rng.uniform(size=4000) < rescaled(confidence, 2.0, 1.0)
+    slope, offset = fit_platt(confidence, correct)
+    assert slope == pytest.approx(2.0, abs=0.2) and offset == pytest.approx(1.0, abs=0.2)
+    mapped = rescaled(confidence, slope, offset)
+    assert reliability(mapped, correct).error < 0.03 < reliability(confidence, correct).error
+    assert (np.diff(mapped[np.argsort(confidence)]) >= 0).all()
+    assert rescaled(0.0, slope, offset) == 0 and rescaled(1.0, slope, offset) == 1
+    # All right, all the same: no infinite mapping.
+    slope, offset = fit_platt(np.full(5, 0.5), np.ones(5, bool))
+    assert 0.5 < rescaled(0.5, slope, offset) < 1 and 0.2 < slope < 5

@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -16,7 +16,7 @@ class Command:
     """A sub-command.
 
     Attributes:
-        module: where it lives; has ``run(args) -> int`` (the exit status).
+        module: where it lives; has ``run(args) -> int`` (the exit status), or ``COMMANDS`` of its own.
         summary: one line for ``picopose --help``.
         arguments: name of the module's function that adds arguments to a parser.
     """
@@ -30,8 +30,11 @@ COMMANDS = {
     "onboard": Command("picopose_ros.cli.onboard", "make the templates of a folder of meshes"),
     "estimate": Command("picopose_ros.cli.estimate", "poses of the segments of one image"),
     "bag": Command("picopose_ros.cli.bag", "a recording in, the same with poses out", "configure"),
+    "images-from-bag": Command("picopose_ros.cli.images", "a recording's images as files, for a segmenter"),
+    "segments-from-cnos": Command("picopose_ros.cli.segments", "masks that CNOS found, for the node"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
     "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
+    "eval": Command("picopose_ros.cli.eval", "how good the poses are: several measurements"),
 }
 
 
@@ -43,23 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 done, 1 done but not for everything, 2 wrong arguments or input (one line on stderr
-            says
-        what), 130 interrupted.
+            says what), 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    return _dispatch("picopose", "6D poses of known objects from one image and their masks.", COMMANDS, argv)
+
+
+def _dispatch(program: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int:
+    """Find the command that the first argument names and run it with the others."""
     parser = argparse.ArgumentParser(
-        prog="picopose",
-        description="6D poses of known objects from one image and their masks.",
-        epilog="\n".join(["commands:", *(f"  {name:<10} {c.summary}" for name, c in COMMANDS.items())]),
+        prog=program,
+        description=description,
+        epilog="\n".join(["commands:", *(f"  {name:<10} {c.summary}" for name, c in commands.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    if commands is COMMANDS:
+        parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
-        "command", nargs="?", choices=tuple(COMMANDS), help="picopose COMMAND --help tells more"
+        "command", nargs="?", choices=tuple(commands), help=f"{program} COMMAND --help tells more"
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     chosen = parser.parse_args(argv)
-    if chosen.version:
+    if getattr(chosen, "version", False):
         from picopose_ros import __version__
 
         print(f"picopose {__version__}")
@@ -67,25 +75,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.command is None:
         parser.print_help(sys.stderr)
         return 2
-    return _run(chosen.command, chosen.rest)
+    return _run(f"{program} {chosen.command}", commands[chosen.command], chosen.rest)
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
+def _run(program: str, command: Command, argv: list[str]) -> int:
     from picopose_ros.errors import PicoPoseError
 
-    command = COMMANDS[name]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    description = command.summary.capitalize() + "."
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(prog=f"picopose {name}", description=command.summary.capitalize() + ".")
+    if hasattr(module, "COMMANDS"):
+        return _dispatch(program, description, module.COMMANDS, argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(prog=program, description=description)
     getattr(module, command.arguments)(parser)
     args = parser.parse_args(argv)
     try:
         return module.run(args)
     except PicoPoseError as error:
-        print(f"picopose {name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"picopose {name}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

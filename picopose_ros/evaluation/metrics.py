@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import trimesh
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, minimize
 from scipy.spatial import ConvexHull, QhullError, cKDTree
+from scipy.special import expit, logit
 from scipy.stats import rankdata
 
 from picopose_ros.templates.meshes import ObjectMesh, Symmetries
@@ -142,10 +143,10 @@ def evaluation_points(mesh: ObjectMesh, count: int = 2000) -> EvaluationPoints:
     return EvaluationPoints(surface, np.concatenate([corners, some]))
 
 
-def depth_to_distance(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """Depths (H, W) along the optical axis -> distances from the camera's centre; 0 stays 0."""
-    v, u = np.indices(depth.shape)
-    return depth * np.sqrt(((u - K[0, 2]) / K[0, 0]) ** 2 + ((v - K[1, 2]) / K[1, 1]) ** 2 + 1.0)
+def ray_lengths(height: int, width: int, K: np.ndarray) -> np.ndarray:
+    """(H, W): how far from the camera's centre the point of each pixel is whose depth is 1."""
+    v, u = np.indices((height, width))
+    return np.sqrt(((u - K[0, 2]) / K[0, 0]) ** 2 + ((v - K[1, 2]) / K[1, 1]) ** 2 + 1.0)
 
 
 def visible_surface(distance: np.ndarray, measured: np.ndarray, delta: float = VSD_DELTA) -> np.ndarray:
@@ -198,13 +199,13 @@ class VsdScorer:
         self, renderer: MeshRenderer, mesh: ObjectMesh, truth: np.ndarray, depth: np.ndarray, K: np.ndarray
     ) -> None:
         self._renderer, self._mesh, self._K = renderer, mesh, np.asarray(K, np.float64)
-        self._measured = depth_to_distance(np.asarray(depth, np.float64), self._K)
+        self._rays = ray_lengths(*depth.shape, self._K)
+        self._measured = depth * self._rays
         self._truth = self._distance(truth)
 
     def _distance(self, T_cam_obj: np.ndarray) -> np.ndarray:
         height, width = self._measured.shape
-        rendering = self._renderer.render(self._mesh, T_cam_obj, self._K, width, height)
-        return depth_to_distance(rendering.depth.astype(np.float64), self._K)
+        return self._renderer.render(self._mesh, T_cam_obj, self._K, width, height).depth * self._rays
 
     def error(
         self, estimate: np.ndarray, delta: float = VSD_DELTA, taus: np.ndarray = VSD_TAUS
@@ -322,6 +323,28 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
     return Reliability(edges, counts, means[0], means[1], error)
 
 
+def rescaled(confidence: np.ndarray | float, slope: float, offset: float) -> np.ndarray:
+    """Platt's monotone mapping of confidences in 0..1: logit times ``slope`` plus ``offset``; 0 stays 0."""
+    return expit(slope * logit(np.asarray(confidence, np.float64)) + offset)
+
+
+def fit_platt(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of :func:`rescaled` for which confidences (n,) say how often poses (n,) are right.
+
+    The slope is positive: the order never changes. Maximum likelihood, drawn to no change by a weight of two
+    poses, so that few or one-sided data give no extreme mapping.
+    """
+    x = logit(np.clip(np.asarray(confidence, np.float64), 1e-3, 1 - 1e-3))
+    y = np.asarray(correct, np.float64)
+
+    def loss(parameters: np.ndarray) -> float:
+        z = np.exp(parameters[0]) * x + parameters[1]
+        return float((np.logaddexp(0, z) - y * z).sum() + (parameters**2).sum())
+
+    found = minimize(loss, np.zeros(2)).x
+    return float(np.exp(found[0])), float(found[1])
+
+
 def match_by_position(estimates: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[int | None]:
     """For every true pose of a class the index of the estimate nearest to it, each used once, or None.
 
@@ -360,6 +383,7 @@ def pose_errors(
     estimate: np.ndarray,
     truth: np.ndarray,
     symmetries: np.ndarray | None = None,
+    symmetric: bool = False,
 ) -> PoseErrors:
     """All errors of one pose.
 
@@ -369,8 +393,9 @@ def pose_errors(
         estimate, truth: T_cam_obj (4, 4).
         symmetries: (S, 4, 4) motions that leave the object as it is, identity included; more than one flag it
             symmetric, which means ADD-S instead of ADD.
+        symmetric: flag it symmetric although its symmetries aren't known.
     """
-    symmetric = symmetries is not None and len(symmetries) > 1
+    symmetric = symmetric or (symmetries is not None and len(symmetries) > 1)
     return PoseErrors(
         rotation_error_deg(estimate, truth, symmetries),
         translation_error(estimate, truth),

@@ -1,0 +1,10 @@
+"""``picopose eval``: the measurements, each a command of its own."""
+
+from __future__ import annotations
+
+from picopose_ros.cli.main import Command
+
+COMMANDS = {
+    "objects": Command("picopose_ros.evaluation.objects", "write objects that no training sees, as meshes"),
+    "synthetic": Command("picopose_ros.evaluation.synthetic", "measure on rendered scenes of any meshes"),
+}
