@@ -6,6 +6,7 @@ import array
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -25,6 +26,8 @@ from picopose_ros.images import image_to_rgb
 from picopose_ros.node.conversions import (
     camera_from_message,
     detections_message,
+    image_from_rgb,
+    pose_in_frame,
     rotation_to_quaternion,
     segments_from_message,
     segments_to_message,
@@ -375,3 +378,27 @@ def test_a_pose_becomes_a_transform_from_the_image_frame() -> None:
     assert transform.child_frame_id == "left/cup_0"
     assert vector(transform.transform.translation) == [0.1, -0.2, 0.9]
     assert_quarter_turn(transform.transform.rotation)
+
+
+def test_a_pose_can_be_seen_from_a_robot() -> None:
+    """The camera looks down along the robot's -z from 1 m above, its x is the robot's -y."""
+    T_base_cam = np.array([[0, -1.0, 0, 0.5], [-1, 0, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]])
+    sigma = np.array([1e-3, 2e-3, 3e-3, 0.01, 0.02, 0.03])
+    seen = pose_in_frame(replace(object_pose(), covariance=np.diag(sigma**2)), T_base_cam)
+    np.testing.assert_allclose(seen.T_cam_obj[:3, 3], [0.7, -0.1, 0.1])
+    np.testing.assert_allclose(seen.T_cam_obj[:3, :3], [[-1, 0, 0], [0, 1, 0], [0, 0, -1]], atol=1e-12)
+    # What was the camera's x is the robot's y now, for both halves.
+    np.testing.assert_allclose(np.sqrt(np.diag(seen.covariance)), sigma[[1, 0, 2, 4, 3, 5]])
+
+
+def test_an_image_becomes_a_message_and_back(rgb: np.ndarray) -> None:
+    header = Header(frame_id="camera_optical")
+    message = deserialize_message(serialize_message(image_from_rgb(rgb[::-1], header)), Image)
+    assert (message.encoding, message.height, message.width, message.step) == (
+        "rgb8",
+        HEIGHT,
+        WIDTH,
+        3 * WIDTH,
+    )
+    assert message.header == header
+    np.testing.assert_array_equal(image_to_rgb(message, "/overlay"), rgb[::-1])

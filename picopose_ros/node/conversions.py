@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from geometry_msgs.msg import Pose, TransformStamped
+from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 from vision_msgs.msg import Detection3D, Detection3DArray, ObjectHypothesisWithPose
 
 from picopose_ros.errors import CameraError, SegmentError
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.covariance import rotate_covariance
 from picopose_ros.msg import Segment as SegmentMessage
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.drops import DropReason
@@ -158,6 +160,16 @@ def segments_to_message(segments: Sequence[Segment], header: Header, height: int
     return message
 
 
+def image_from_rgb(rgb: np.ndarray, header: Header) -> Image:
+    """An RGB image (H, W, 3) uint8 as ``sensor_msgs/Image``."""
+    height, width = rgb.shape[:2]
+    message = Image(header=header, height=height, width=width, encoding="rgb8", step=3 * width)
+    data = array.array("B")
+    data.frombytes(np.ascontiguousarray(rgb))  # assigning bytes instead takes a hundred times as long
+    message.data = data
+    return message
+
+
 def rotation_to_quaternion(R: np.ndarray) -> tuple[float, float, float, float]:
     """(x, y, z, w) of a rotation matrix (3, 3), unit length, w >= 0."""
     R = np.asarray(R, dtype=np.float64)
@@ -185,6 +197,21 @@ def pose_to_message(T: np.ndarray) -> Pose:
     q = pose.orientation
     q.x, q.y, q.z, q.w = rotation_to_quaternion(T[:3, :3])
     return pose
+
+
+def pose_in_frame(pose: ObjectPose, T_frame_cam: np.ndarray) -> ObjectPose:
+    """The pose as seen from another frame, covariance included.
+
+    Args:
+        pose: in the camera's frame.
+        T_frame_cam: (4, 4) camera -> that frame. Whoever publishes the result names that frame in the header;
+            its ``T_cam_obj`` holds T_frame_obj.
+    """
+    return replace(
+        pose,
+        T_cam_obj=T_frame_cam @ pose.T_cam_obj,
+        covariance=rotate_covariance(pose.covariance, T_frame_cam[:3, :3]),
+    )
 
 
 def detection_from_pose(pose: ObjectPose, instance: str, header: Header) -> Detection3D:
