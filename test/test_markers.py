@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+import yaml
 from rclpy.serialization import deserialize_message, serialize_message
 from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
@@ -151,3 +152,13 @@ def test_a_class_without_mesh_has_its_name_alone() -> None:
 def test_all_can_be_deleted_at_once() -> None:
     (marker,) = over_the_wire(clearing_markers(HEADER))
     assert marker.action == Marker.DELETEALL and marker.ns == ""
+
+
+def test_the_rviz_file_shows_image_overlay_frames_and_markers() -> None:
+    config = yaml.safe_load((Path(__file__).parents[1] / "config" / "picopose.rviz").read_text())
+    shown = {
+        (display["Class"].split("/")[1], display.get("Topic", {}).get("Value"))
+        for display in config["Visualization Manager"]["Displays"]
+        if display["Enabled"]
+    }
+    assert shown == {("TF", None), ("MarkerArray", "markers"), ("Image", "overlay"), ("Image", "image")}
