@@ -15,7 +15,12 @@ import torch
 
 from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.geometry.correspondences import Correspondences, DecodeMode, decode_correspondences
+from picopose_ros.geometry.correspondences import (
+    Correspondences,
+    DecodeMode,
+    decode_correspondences,
+    fit_similarity,
+)
 from picopose_ros.geometry.crops import (
     CROP_SIZE,
     crop_box_from_mask,
@@ -67,6 +72,8 @@ class EstimatorSettings:
         correlated_pairs: so many pairs err together and count as one measurement in the covariance; measured
             with the tiny preset on the demo's frames, depth bias included.
         min_mask_pixels: segments with fewer visible pixels are skipped.
+        second_look: once more through stage 3 for the best pose, from the template nearest to it and the
+            affine that it implies; the better of the two poses is published. Not in the paper.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of templates that were hypotheses lately.
         keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
@@ -77,6 +84,7 @@ class EstimatorSettings:
     ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000
     correlated_pairs: float = 2000.0
+    second_look: bool = False
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 256
@@ -344,6 +352,7 @@ class PoseEstimator:
         clock.lap("crop")
         poses: list[ObjectPose] = []
         attempted: list[list[_Attempt]] = []
+        again: list[dict[int, _Attempt]] = []
         if queries:
             with torch.inference_mode():
                 features = self._encode(queries)
@@ -354,7 +363,10 @@ class PoseEstimator:
             for position, query in enumerate(queries):
                 own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
                 attempted.append([self._attempt(query, hypothesis, camera) for hypothesis in own])
-                pose = self._choose(query, attempted[-1], camera)
+            clock.lap("pnp")
+            again = self._look_again(queries, features, attempted, camera, clock, trace)
+            for query, own, seconds in zip(queries, attempted, again):
+                pose = self._choose(query, _with_second(own, seconds, self._best(own)), camera)
                 if pose is None:
                     skipped.append((query.index, "no pose agrees with the network's correspondences"))
                 else:
@@ -363,7 +375,7 @@ class PoseEstimator:
         timings = clock.milliseconds()
         traces = []
         if trace:
-            traces = [self._trace(query, own, camera) for query, own in zip(queries, attempted)]
+            traces = [self._trace(*found, camera) for found in zip(queries, attempted, again)]
         return EstimateResult(poses, sorted(skipped), timings, traces)
 
     def examine(
@@ -398,7 +410,7 @@ class PoseEstimator:
             for position, query in enumerate(queries):
                 own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
                 attempts = [self._attempt(query, hypothesis, camera) for hypothesis in own]
-                traces[query.index] = self._trace(query, attempts, camera)
+                traces[query.index] = self._trace(query, attempts, {}, camera)
         return traces
 
     def answer(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> ObjectPose | None:
@@ -521,15 +533,63 @@ class PoseEstimator:
             )
         return _Attempt(hypothesis, pairs, solution, quality)
 
+    def _best(self, attempts: Sequence[_Attempt]) -> int | None:
+        """Which attempt gives the best pose from offsets; None where none of them is to be believed."""
+        reference = self.settings.decode == "reference"
+        solved = [i for i, attempt in enumerate(attempts) if attempt.solution is not None]
+        if not solved:
+            return None
+
+        def worth(index: int) -> float:
+            attempt = attempts[index]
+            return attempt.solution.inlier_ratio if reference else attempt.quality
+
+        best = max(solved, key=worth)  # the first of equals: retrieval order, as in the released network
+        enough = len(attempts[best].solution.inliers) >= _MIN_INLIERS and worth(best) >= _MIN_QUALITY
+        return best if reference or enough else None
+
+    def _look_again(
+        self,
+        queries: list[Query],
+        features: Features,
+        attempted: Sequence[Sequence[_Attempt]],
+        camera: CameraModel,
+        clock: _Clock,
+        trace: bool,
+    ) -> list[dict[int, _Attempt]]:
+        """Second looks per query, by the attempt that they started from: the best one's.
+
+        Where it is traced, also those of what would be best among the first k attempts.
+        """
+        again: list[dict[int, _Attempt]] = [{} for _ in queries]
+        if not self.settings.second_look:
+            return again
+        chosen: list[tuple[int, int, float]] = []
+        affines: list[np.ndarray] = []
+        places: list[tuple[int, int]] = []
+        for row, (query, attempts) in enumerate(zip(queries, attempted)):
+            counts = range(1, len(attempts) + 1) if trace else (len(attempts),)
+            for index in sorted({self._best(attempts[:k]) for k in counts} - {None}):
+                attempt = attempts[index]
+                seen = _nearest_template(query, attempt.solution.T_cam_obj, camera)
+                if seen is not None:
+                    chosen.append((row, seen[0], attempt.hypothesis.match_score))
+                    affines.append(seen[1])
+                    places.append((row, index))
+        if chosen:
+            with torch.inference_mode():
+                hypotheses = self._regress(queries, features, chosen, clock, trace, affines)
+            for (row, index), hypothesis in zip(places, hypotheses):
+                again[row][index] = self._attempt(queries[row], hypothesis, camera)
+        return again
+
     def _choose(self, query: Query, attempts: Sequence[_Attempt], camera: CameraModel) -> ObjectPose | None:
         """The best hypothesis' pose: from offsets, else from an affine, else none."""
-        reference = self.settings.decode == "reference"
-        solved = [attempt for attempt in attempts if attempt.solution is not None]
-        if solved:
-            # max keeps the first of equals: retrieval order, as in the released network.
-            best = max(solved, key=lambda a: a.solution.inlier_ratio if reference else a.quality)
+        index = self._best(attempts)
+        if index is not None:
+            best = attempts[index]
             solution = best.solution
-            if reference or (len(solution.inliers) >= _MIN_INLIERS and best.quality >= _MIN_QUALITY):
+            if solution is not None:
                 covariance = solution.covariance
                 if covariance is None:
                     inliers = best.pairs.select(solution.inliers)
@@ -542,7 +602,13 @@ class PoseEstimator:
                     )
         return self._from_affine(query, [attempt.hypothesis for attempt in attempts], camera)
 
-    def _trace(self, query: Query, attempts: Sequence[_Attempt], camera: CameraModel) -> SegmentTrace:
+    def _trace(
+        self,
+        query: Query,
+        attempts: Sequence[_Attempt],
+        again: Mapping[int, _Attempt],
+        camera: CameraModel,
+    ) -> SegmentTrace:
         traces = []
         for attempt in attempts:
             hypothesis, solution = attempt.hypothesis, attempt.solution
@@ -557,7 +623,10 @@ class PoseEstimator:
                     answer=self._choose(query, [attempt], camera),
                 )
             )
-        answers = [self._choose(query, attempts[: k + 1], camera) for k in range(len(attempts))]
+        answers = []
+        for count in range(1, len(attempts) + 1):
+            own = attempts[:count]
+            answers.append(self._choose(query, _with_second(own, again, self._best(own)), camera))
         return SegmentTrace(query, tuple(traces), tuple(answers))
 
     def _decode(self, query: Query, hypothesis: Hypothesis) -> Correspondences:
@@ -599,6 +668,40 @@ class PoseEstimator:
             T_cam_obj = T_cam_ctr @ query.bank.T_ctr_obj
             return _object_pose(query, hypothesis, T_cam_obj, confidence, np.diag(sigma**2), None)
         return None
+
+
+def _with_second(
+    attempts: Sequence[_Attempt], again: Mapping[int, _Attempt], best: int | None
+) -> list[_Attempt]:
+    """The attempts, and the second look at the best of them, if there was one."""
+    return [*attempts, again[best]] if best in again else list(attempts)
+
+
+def _nearest_template(
+    query: Query, T_cam_obj: np.ndarray, camera: CameraModel
+) -> tuple[int, np.ndarray] | None:
+    """The template whose view is nearest to a pose's, and the affine (3, 3) from its crop to the query's.
+
+    None where the pose puts the object behind the camera.
+    """
+    bank = query.bank
+    T_cam_ctr = T_cam_obj @ np.linalg.inv(bank.T_ctr_obj)
+    rotations, shifts = bank.T_cam_ctr[:, :3, :3], bank.T_cam_ctr[:, :3, 3]
+    from_where = -np.einsum("nji,nj->ni", rotations, shifts)  # camera centres in the object's frame
+    wanted = -T_cam_ctr[:3, :3].T @ T_cam_ctr[:3, 3]
+    cosines = from_where @ wanted / np.linalg.norm(from_where, axis=1)
+    template = int(cosines.argmax())
+    points = bank.points_consistent[template]
+    inside = points[..., 2] > 0
+    T = T_cam_ctr @ np.linalg.inv(bank.T_cam_ctr[template].astype(np.float64))
+    moved = points[inside].astype(np.float64) @ T[:3, :3].T + T[:3, 3]
+    if len(moved) < _MIN_INLIERS or moved[:, 2].min() <= 0:
+        return None
+    target = camera.project(moved) @ query.M_crop_img[:2, :2].T + query.M_crop_img[:2, 2]
+    row, column = np.nonzero(inside)
+    cell = CROP_SIZE / points.shape[0]
+    source = np.floor((np.stack([column, row], 1) + 0.5) * cell)
+    return template, fit_similarity(source, target)
 
 
 def _place(query: Query, template: int, affine: np.ndarray, camera: CameraModel) -> np.ndarray | None:

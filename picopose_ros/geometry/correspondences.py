@@ -102,3 +102,13 @@ def decode_correspondences(
     T = np.asarray(T_cam_tpl, np.float32)
     xyz = (points[keep] - T[:3, 3]) @ T[:3, :3]
     return Correspondences(uv, xyz, probability[keep])
+
+
+def fit_similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The turn, scale and shift (3, 3) that moves points (n, 2) nearest to others (n, 2), least squares."""
+    # Complex numbers: a similarity is one multiplication and one addition.
+    a, b = source @ [1, 1j], target @ [1, 1j]
+    mean_a, mean_b = a.mean(), b.mean()
+    turn = (np.conj(a - mean_a) @ (b - mean_b)) / max((np.abs(a - mean_a) ** 2).sum(), 1e-9)
+    shift = mean_b - turn * mean_a
+    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag], [0, 0, 1]])
