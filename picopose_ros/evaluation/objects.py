@@ -1,4 +1,4 @@
-"""The benchmark's objects: a folder of procedural meshes that training never sees, and facts about any folder.
+"""The benchmark's objects: a folder of procedural meshes that training never sees; facts about any folder.
 
 The facts (group, families, ambiguous or not) are made from shape and texture alone, before anything is
 evaluated, and for the procedural objects they are kept beside the meshes in ``benchmark.json``.
@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ GROUPS: tuple[str, ...] = (_SEEN, _SHAPES, _TEXTURES, _BOTH)
 # One round of objects: half of them of families that training knows, a sixth of each other kind.
 _ROUND = (_SEEN, _SHAPES, _SEEN, _TEXTURES, _SEEN, _BOTH)
 _FORMAT = 1
+_ENTRY = {"group", "families", "textures", "ambiguous", "symmetric", "ambiguity", "diameter", "digest"}
 
 _log = logging.getLogger(__name__)
 
@@ -266,13 +267,18 @@ def _read_benchmark(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        known = set(content["objects"].values().__iter__().__next__()) if content["objects"] else set()
+        version = content["format"]
+        if version == _FORMAT:
+            for entry in content["objects"].values():
+                if missing := _ENTRY - set(entry):
+                    raise KeyError(sorted(missing)[0])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise MeshError(f"{path} cannot be read ({error!r}): delete it and export the objects again") from error
-    del known
-    if content.get("format") != _FORMAT:
         raise MeshError(
-            f"{path} has format {content.get('format')}, this version reads {_FORMAT}: export the objects again"
+            f"{path} cannot be read ({error!r}): delete it and export the objects again"
+        ) from error
+    if version != _FORMAT:
+        raise MeshError(
+            f"{path} has format {version}, this version reads {_FORMAT}: export the objects again"
         )
     return content
 
@@ -301,7 +307,9 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError as error:
         if name is not None:
             Path(name).unlink(missing_ok=True)
-        raise PicoPoseError(f"cannot write {path} ({error.strerror}): free disk space or choose another folder") from error
+        raise PicoPoseError(
+            f"cannot write {path} ({error.strerror}): free disk space or choose another folder"
+        ) from error
 
 
 def _bar(items: Sequence[int], shown: bool) -> Iterable[int]:
@@ -319,7 +327,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=UNSEEN_FAMILY_SEED,
         metavar="S",
-        help=f"seed of the first one ({UNSEEN_FAMILY_SEED}); from {VALIDATION_SEED} on, which training never uses",
+        help=f"seed of the first one ({UNSEEN_FAMILY_SEED}); those below {VALIDATION_SEED} are trained on",
     )
 
 
