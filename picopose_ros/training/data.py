@@ -1,18 +1,29 @@
-"""Batches of training pairs, each a pure function of (seed, step): resuming needs no state."""
+"""Batches of training pairs, each a pure function of (seed, step): resuming needs no state.
+
+A batch may consist of several shares, each drawn for itself as a pure function of (seed, step, share), so
+that the processes of a distributed run can divide them.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from picopose_ros.errors import PicoPoseError
 from picopose_ros.geometry.crops import normalise_crop
 from picopose_ros.training.losses import AffineLabels
-from picopose_ros.training.pairs import Difficulty, PairLabels, draw_sample, template_centre
-from picopose_ros.training.pool import PoolReader, TemplateView
+from picopose_ros.training.pairs import Difficulty, Sample, draw_sample, template_centre
+from picopose_ros.training.pool import BrokenSampleError, PoolReader
+from picopose_ros.training.released import pose_affine
+
+_PATIENCE = 100
+"""A source with this many broken samples in a row is given up."""
 
 
 @dataclass
@@ -45,6 +56,11 @@ class Batch:
     scale: Tensor
     angle: Tensor
     usable: Tensor
+    pose_affine: Tensor | None = None
+    """(Q, 4) stage 2's label from the relative pose, as the released network has it: tau (x, y) in 14 px,
+    scale, angle in radians; None: only the fitted one above is known."""
+    skipped: tuple[str, ...] = ()
+    """Names of broken samples that were met and left out while this batch was drawn."""
 
     def affine_labels(self) -> AffineLabels:
         """Ground truth of stage 2 against the own template."""
@@ -52,32 +68,77 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
 
 
 def _normalised(crops: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([normalise_crop(rgb.astype(np.float32) / 255) for rgb in crops]))
 
 
-def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty: Difficulty) -> Batch:
-    """The batch of a step: `objects` objects, two templates each, the pool's queries of either."""
-    rng = np.random.default_rng([seed, step])
-    templates: list[TemplateView] = []
-    rgb, masks, own, other = [], [], [], []
-    labels: list[PairLabels] = []
-    cross: list[PairLabels] = []
-    for index in range(objects):
-        sample = draw_sample(pool, rng, difficulty)
-        templates += sample.templates
-        for query, which, right, wrong in zip(
-            sample.queries, sample.own, sample.labels, sample.cross, strict=True
-        ):
-            rgb.append(query.rgb)
-            masks.append(query.mask)
-            own.append(2 * index + which)
-            other.append(2 * index + 1 - which)
-            labels.append(right)
-            cross.append(wrong)
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, templates and queries one after the other.
+
+    `pose_affine` is known where all of them know it.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    values: dict[str, Any] = {}
+    before = np.cumsum([0, *(len(b.template_rgb) for b in batches)]).tolist()
+    for name in (f.name for f in fields(Batch)):
+        parts = [getattr(b, name) for b in batches]
+        if name in ("own", "other"):
+            parts = [part + count for part, count in zip(parts, before, strict=False)]
+        if name == "skipped":
+            values[name] = sum(parts, ())
+        else:
+            values[name] = None if any(part is None for part in parts) else torch.cat(parts)
+    return Batch(**values)
+
+
+def take(batch: Batch, pairs: int) -> Batch:
+    """The first `pairs` queries of a batch and the templates that they need."""
+    values = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+    needed, index = torch.cat([batch.own[:pairs], batch.other[:pairs]]).unique(return_inverse=True)
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = value[needed] if name.startswith("template_") else value[:pairs]
+    return Batch(**values | {"own": index[:pairs], "other": index[pairs:]})
+
+
+def _draw(pool: PoolReader, rng: np.random.Generator, difficulty: Difficulty, skipped: list[str]) -> Sample:
+    """A sample of a pool; broken ones are left out and named in `skipped`."""
+    for _ in range(_PATIENCE):
+        try:
+            return draw_sample(pool, rng, difficulty)
+        except BrokenSampleError as error:
+            skipped.append(str(error))
+    raise PicoPoseError(
+        f"{_PATIENCE} samples in a row of {pool.folder} are broken, the last one: {skipped[-1]}; delete the "
+        "folder and build the pool again"
+    )
+
+
+def assemble(samples: Sequence[Sample], skipped: Sequence[str] = ()) -> Batch:
+    """A batch of samples' templates (two each) and queries, in their order.
+
+    Args:
+        skipped: names of broken samples that were met on the way.
+    """
+    pairs = [
+        (2 * n + which, 2 * n + 1 - which, query, sample.templates[which], right, wrong)
+        for n, sample in enumerate(samples)
+        for which, query, right, wrong in zip(
+            sample.own, sample.queries, sample.labels, sample.cross, strict=True
+        )
+    ]
+    own, other, queries, nearest, labels, cross = (list(column) for column in zip(*pairs))
+    templates = [template for sample in samples for template in sample.templates]
 
     def stack(arrays: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(arrays))
@@ -85,12 +146,16 @@ def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty:
     def vector(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
 
+    affines = [
+        pose_affine(q.T_cam_ctr, q.K, q.M_crop_img, t.T_cam_ctr, t.K, t.M_crop_img)
+        for q, t in zip(queries, nearest)
+    ]
     return Batch(
         template_rgb=_normalised([t.rgb for t in templates]),
         template_mask=stack([t.mask for t in templates]).float(),
         template_centre=stack([template_centre(t) for t in templates]),
-        query_rgb=_normalised(rgb),
-        query_mask=stack(masks).float(),
+        query_rgb=_normalised([query.rgb for query in queries]),
+        query_mask=stack([query.mask for query in queries]).float(),
         own=torch.tensor(own),
         other=torch.tensor(other),
         position=stack([pair.position for pair in labels]),
@@ -101,23 +166,64 @@ def make_batch(pool: PoolReader, seed: int, step: int, objects: int, difficulty:
         scale=vector([pair.scale for pair in labels]),
         angle=vector([pair.angle for pair in labels]),
         usable=vector([pair.usable for pair in labels]),
+        pose_affine=stack([np.array([*tau, scale, angle], np.float32) for tau, scale, angle in affines]),
+        skipped=tuple(skipped),
     )
 
 
-class BatchDataset(torch.utils.data.Dataset[Batch]):
-    """Batches by step number, for a DataLoader with batch_size=None."""
+def make_batch(
+    pool: PoolReader, seed: int, step: int, objects: int, difficulty: Difficulty, share: int = 0
+) -> Batch:
+    """A share of a step's batch: `objects` objects, two templates each, the pool's queries of either.
 
-    def __init__(self, pool: str, seed: int, steps: int, objects: int, difficulty: Difficulty) -> None:
-        self._pool_path, self._pool = pool, None
-        self._seed, self._steps, self._objects, self._difficulty = seed, steps, objects, difficulty
+    Raises:
+        PicoPoseError: the pool has hardly a sample that is whole.
+    """
+    # Share 0 is what a batch was before there were shares; [seed, step, 0] would be the same, too.
+    rng = np.random.default_rng([seed, step, share] if share else [seed, step])
+    skipped: list[str] = []
+    return assemble([_draw(pool, rng, difficulty, skipped) for _ in range(objects)], skipped)
+
+
+class PoolSource:
+    """Batches of a pool's samples; the pool is opened by the process that draws the first one.
+
+    Memory maps are shared by the page cache, so every loader process may have its own.
+    """
+
+    def __init__(self, folder: str, difficulty: Difficulty) -> None:
+        self._folder, self._difficulty = folder, difficulty
+        self._pool: PoolReader | None = None
+
+    def pool(self) -> PoolReader:
+        """The pool, with what has been added to it since."""
+        if self._pool is None:
+            self._pool = PoolReader(self._folder)
+        self._pool.refresh()
+        return self._pool
+
+    def objects(self, seed: int, step: int, share: int, objects: int) -> Batch:
+        """A share with this many objects."""
+        return make_batch(self.pool(), seed, step, objects, self._difficulty, share)
+
+    def __call__(self, seed: int, step: int, share: int, pairs: int) -> Batch:
+        """A share with this many queries."""
+        objects = math.ceil(pairs / (2 * self.pool().queries))
+        return take(self.objects(seed, step, share, objects), pairs)
+
+
+class BatchDataset(torch.utils.data.Dataset[Batch]):
+    """Batches by step number, for a DataLoader with batch_size=None.
+
+    Args:
+        draw: makes a share's batch from (step, share). shares: those of this process. steps: of the run.
+    """
+
+    def __init__(self, draw: Callable[[int, int], Batch], shares: Sequence[int], steps: int) -> None:
+        self._draw, self._shares, self._steps = draw, shares, steps
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
-        if self._pool is None:  # opened in the worker: memory maps are shared by the page cache
-            cv2.setNumThreads(1)
-            torch.set_num_threads(1)
-            self._pool = PoolReader(self._pool_path)
-        self._pool.refresh()
-        return make_batch(self._pool, self._seed, step, self._objects, self._difficulty)
+        return concatenate([self._draw(step, share) for share in self._shares])

@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +40,10 @@ _TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0
 _WINDOW = CropBox(left=160, top=80, side=320)
 _DEPTH_STEPS = 65534
 _ABSENT, _COMPLETE, _BROKEN = 0, 1, 2
+
+
+class BrokenSampleError(PicoPoseError):
+    """A sample that is not what was written: a damaged disk, a copy that was cut short."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +196,13 @@ def framing_intrinsics(points: np.ndarray, T_cam_ctr: np.ndarray, size: int = QU
 def _write_json(path: Path, content: dict[str, object]) -> None:
     """Replace a file in one step: a reader sees the old content or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as stream:
-        json.dump(content, stream, indent=1)
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            json.dump(content, stream, indent=1)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _open(folder: Path, plan: _Plan, mode: str) -> dict[str, np.ndarray]:
@@ -299,6 +309,8 @@ def _work(
                 _write_json(_families(folder, index), {"seed": plan.first_seed + index, "error": repr(error)})
                 state[index] = _BROKEN
             else:
+                for array in arrays.values():  # on the disk before it counts, should the power go
+                    array.flush()
                 state[index] = _COMPLETE
             done = int(np.count_nonzero(state == _COMPLETE))
             broken = [plan.first_seed + int(i) for i in np.flatnonzero(state == _BROKEN)]
@@ -331,7 +343,8 @@ def build_pool(
     :param progress: called as ``progress(done, objects)`` after every object (with one worker).
     :raises ConfigError: impossible numbers, training and validation seeds in one pool, or a folder that
         already holds a pool made with other numbers.
-    :raises PicoPoseError: the disk is too small, or the folder's files do not fit together.
+    :raises PicoPoseError: the disk is too small or full, or the folder's files do not fit together. What is
+        complete stays, and the same call goes on.
     """
     if min(objects, clusters, queries, workers) < 1 or clusters > _VIEWPOINTS or first_seed < 0:
         raise ConfigError(
@@ -351,21 +364,58 @@ def build_pool(
         raise ConfigError(
             f"{folder} already holds another pool ({present}, wanted {plan}): use another folder"
         )
-    (folder / "families").mkdir(exist_ok=True)
-    if workers == 1:
-        _work(folder, plan, 0, 1, progress)
-        return
-    context = multiprocessing.get_context("spawn")  # an OpenGL context does not survive a fork
-    processes = [context.Process(target=_work, args=(folder, plan, n, workers, None)) for n in range(workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    failed = [process.exitcode for process in processes if process.exitcode]
-    if failed:
+    try:
+        (folder / "families").mkdir(exist_ok=True)
+        if workers == 1:
+            _work(folder, plan, 0, 1, progress)
+            return
+        context = multiprocessing.get_context("spawn")  # an OpenGL context does not survive a fork
+        with ProcessPoolExecutor(workers, mp_context=context) as executor:
+            for done in [executor.submit(_work, folder, plan, n, workers, None) for n in range(workers)]:
+                done.result()
+    except OSError as error:
         raise PicoPoseError(
-            f"{len(failed)} of {workers} pool workers ended with exit codes {failed}: run it again to go on"
-        )
+            f"pool {folder} cannot be written ({error}): free disk space and run it again; it goes on with "
+            "the objects that are missing"
+        ) from error
+    except BrokenProcessPool as error:
+        raise PicoPoseError(
+            f"a process that renders into {folder} was killed (out of memory?): run it again to go on"
+        ) from error
+
+
+def _is_pose(matrix: np.ndarray) -> bool:
+    """Whether a (4, 4) matrix is a rotation and a shift."""
+    rotation = matrix[:3, :3].astype(np.float64)
+    return (
+        bool(np.isfinite(matrix).all())
+        and bool((matrix[3] == (0, 0, 0, 1)).all())
+        and np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3)
+        and matrix[2, 3] > 0
+    )
+
+
+def _what_is_broken(item: PoolItem) -> str | None:
+    """Why a cluster cannot be trained on; None where nothing speaks against it."""
+    template = item.template
+    if not (np.isfinite(item.diagonal) and item.diagonal > 0):
+        return f"its diagonal is {item.diagonal}"
+    if not _is_pose(template.T_cam_ctr):
+        return "its template's pose is none"
+    if not template.mask.any():
+        return "its template's mask is empty"
+    if not np.isfinite(template.M_crop_img).all() or template.M_crop_img[0, 0] <= 0:
+        return "its template's crop is none"
+    if not np.isfinite(template.points_consistent).all() or not template.points_consistent.any():
+        return "its template's points are not finite, or none"
+    for number, query in enumerate(item.queries):
+        if not _is_pose(query.T_cam_ctr):
+            return f"pose of query {number} is none"
+        if not np.isfinite(query.K).all() or query.K[0, 0] <= 0:
+            return f"camera of query {number} is none"
+        if not query.mask.any():
+            return f"mask of query {number} is empty"
+    return None
 
 
 class PoolReader:
@@ -416,13 +466,16 @@ class PoolReader:
         return self.at(int(self.objects[index // self.clusters]), index % self.clusters)
 
     def at(self, object_index: int, cluster: int) -> PoolItem:
-        """Cluster ``cluster`` of the object at ``object_index`` (one of :attr:`objects`)."""
+        """Cluster ``cluster`` of the object at ``object_index`` (one of :attr:`objects`).
+
+        :raises BrokenSampleError: what is on the disk cannot be what was rendered.
+        """
         row = object_index * self.clusters + cluster
         diagonal = float(self._arrays["diagonal"][object_index])
         shapes, textures = self._object_names(object_index)
         queries = tuple(self._query(row, column, diagonal) for column in range(self.queries))
         seed = self._plan.first_seed + object_index
-        return PoolItem(
+        item = PoolItem(
             self.template(object_index, cluster),
             queries,
             object_index,
@@ -432,6 +485,13 @@ class PoolReader:
             shapes,
             textures,
         )
+        if reason := _what_is_broken(item):
+            raise self._broken(object_index, f"cluster {cluster}, {reason}")
+        return item
+
+    def _broken(self, object_index: int, reason: str) -> BrokenSampleError:
+        seed = self._plan.first_seed + object_index
+        return BrokenSampleError(f"{self.folder}: object {object_index} (seed {seed}): {reason}")
 
     def template(self, object_index: int, cluster: int) -> TemplateView:
         """Only the template of a cluster: for wrong and far templates, without reading the queries."""
@@ -458,8 +518,12 @@ class PoolReader:
 
     def _object_names(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if index not in self._names:
-            names = json.loads(_families(self.folder, index).read_text())
-            self._names[index] = (tuple(names["shapes"]), tuple(names["textures"]))
+            path = _families(self.folder, index)
+            try:
+                names = json.loads(path.read_text())
+                self._names[index] = (tuple(names["shapes"]), tuple(names["textures"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise self._broken(index, f"{path.name} cannot be read ({error!r})") from error
         return self._names[index]
 
 

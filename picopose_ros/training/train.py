@@ -27,7 +27,7 @@ from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.config import CROP_SIZE
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.model.offsets import OffsetLevel, grid_positions
-from picopose_ros.training.data import Batch, BatchDataset, make_batch
+from picopose_ros.training.data import Batch, BatchDataset, PoolSource, make_batch
 from picopose_ros.training.losses import (
     AffineLabels,
     affine_loss,
@@ -413,9 +413,12 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Batches from the current step on."""
         config = self.config
-        data = BatchDataset(
-            config.pool, config.seed, config.steps, config.objects_per_step, config.difficulty
-        )
+        source = PoolSource(config.pool, config.difficulty)
+
+        def draw(step: int, share: int) -> Batch:
+            return source.objects(config.seed, step, share, config.objects_per_step)
+
+        data = BatchDataset(draw, [0], config.steps)
         loader = torch.utils.data.DataLoader(
             data,
             batch_size=None,
