@@ -245,9 +245,9 @@ def _limited(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _affine_labels(batch: Batch) -> AffineLabels:
-    pose = getattr(batch, "pose_affine", None)
-    if pose is None:
+    if batch.pose_affine is None:
         return batch.affine_labels()
+    pose = batch.pose_affine
     return AffineLabels(pose[:, :2], pose[:, 2], pose[:, 3], batch.usable)
 
 
