@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from picopose_ros.confidence import Calibration
 from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.correspondences import (
@@ -108,7 +109,8 @@ class ObjectPose:
     Attributes:
         class_id: class of the bank, also where the segment named an alias.
         T_cam_obj: (4, 4) float64 mesh's own frame -> camera, metres.
-        confidence: 0..1, how much of the segment the pose explains and how well the pairs agree.
+        confidence: 0..1, how much of the segment the pose explains and how well the pairs agree; calibrated
+            weights turn that into the share of such poses that were right on their benchmark.
         covariance: (6, 6) of x, y, z (m) and the rotation about the camera's fixed axes (rad): ROS's order.
         source: ``offsets`` (stage 3 and PnP) or ``affine`` (stage 2 alone, where PnP found nothing).
         segment: index of the segment in the input.
@@ -284,6 +286,7 @@ class PoseEstimator:
         self.settings = settings or EstimatorSettings()
         self.device = torch_device(device)
         self.model = model.to(self.device).eval()
+        self._calibration = Calibration(*getattr(model, "calibration", ()))
         self._aliases = dict(aliases or {})
         self._descriptors = {n: torch.from_numpy(b.descriptors).to(self.device) for n, b in banks.items()}
         self._masks = {n: torch.from_numpy(b.masks).to(self.device) for n, b in banks.items()}
@@ -394,18 +397,23 @@ class PoseEstimator:
             affines: per segment and template an affine (3, 3) that stage 3 starts from instead of stage 2's.
 
         Returns:
-            Per segment its trace, or None where it can't have a pose. The match scores are NaN.
+            Per segment its trace, or None where it can't have a pose.
         """
         _check_image(rgb, camera)
         queries, _ = self._prepare(rgb, segments)
-        chosen = [(row, t, float("nan")) for row, q in enumerate(queries) for t in templates[q.index]]
         given = None
         if affines is not None:
             given = [affine for query in queries for affine in affines[query.index]]
         traces: list[SegmentTrace | None] = [None] * len(segments)
-        if chosen:
+        if any(len(templates[query.index]) for query in queries):
             with torch.inference_mode():
                 features = self._encode(queries)
+                scores = self._scores(queries, features)
+                chosen = [
+                    (row, t, float(scores[row][t]))
+                    for row, query in enumerate(queries)
+                    for t in templates[query.index]
+                ]
                 hypotheses = self._regress(queries, features, chosen, _Clock(self.device), True, given)
             for position, query in enumerate(queries):
                 own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
@@ -458,8 +466,16 @@ class PoseEstimator:
 
     def _retrieve(self, queries: list[Query], features: Features) -> list[tuple[int, int, float]]:
         """Stage 1: (position of the query, template, score), best first within a query."""
-        masks = self._query_masks(queries)
         chosen: list[tuple[int, int, float]] = []
+        for row, scores in enumerate(self._scores(queries, features)):
+            best = scores.topk(min(self.settings.hypotheses, len(scores)))
+            chosen += [(row, *choice) for choice in zip(best.indices.tolist(), best.values.tolist())]
+        return chosen
+
+    def _scores(self, queries: list[Query], features: Features) -> list[torch.Tensor]:
+        """Stage 1: per query the score (N,) of every template of its bank."""
+        masks = self._query_masks(queries)
+        found: dict[int, torch.Tensor] = {}
         for class_id in dict.fromkeys(query.bank.class_id for query in queries):
             rows = [i for i, query in enumerate(queries) if query.bank.class_id == class_id]
             scores = self.model.match(
@@ -468,11 +484,8 @@ class PoseEstimator:
                 self._descriptors[class_id],
                 self._masks[class_id],
             )
-            best = scores.topk(min(self.settings.hypotheses, scores.shape[1]), dim=1)
-            for row, ids, values in zip(rows, best.indices.tolist(), best.values.tolist()):
-                chosen += [(row, template, score) for template, score in zip(ids, values)]
-        chosen.sort(key=lambda choice: choice[0])  # stable: best score first within a query
-        return chosen
+            found.update(zip(rows, scores))
+        return [found[row] for row in range(len(queries))]
 
     def _regress(
         self,
@@ -597,8 +610,9 @@ class PoseEstimator:
                 if covariance is not None:
                     # Flow errors are smooth over the grid: many pairs are few independent measurements.
                     covariance = covariance * self.settings.correlated_pairs
+                    confidence = float(self._calibration.apply(best.quality))
                     return _object_pose(
-                        query, best.hypothesis, solution.T_cam_obj, best.quality, covariance, solution
+                        query, best.hypothesis, solution.T_cam_obj, confidence, covariance, solution
                     )
         return self._from_affine(query, [attempt.hypothesis for attempt in attempts], camera)
 

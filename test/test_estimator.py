@@ -12,7 +12,7 @@ import torch
 import trimesh
 from oracle import OracleModel, Placed
 
-from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
+from picopose_ros.errors import CameraError, CheckpointError, ConfigError, ImageError, MeshError
 from picopose_ros.estimator import (
     EstimatorSettings,
     ObjectPose,
@@ -22,7 +22,8 @@ from picopose_ros.estimator import (
 )
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
-from picopose_ros.model import PRESETS, PicoPose, save_model
+from picopose_ros.model import PRESETS, PicoPose, load_model, save_model
+from picopose_ros.model.checkpoint import save_calibration
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
@@ -493,3 +494,35 @@ def test_given_affines_start_stage_three(tmp_path, weights):
     np.testing.assert_allclose(
         mixed.hypotheses[1].hypothesis.flow, trace.hypotheses[1].hypothesis.flow, atol=1e-3
     )
+
+
+def test_calibrated_weights_give_calibrated_confidences(world, three):
+    rgb, _, segments = world.picture(three)
+    raw = world.estimator(hypotheses=1).estimate(rgb, PINHOLE, segments).poses
+    world.model.calibration = (0.5, -1.0)
+    mapped = world.estimator(hypotheses=1).estimate(rgb, PINHOLE, segments).poses
+    for before, after in zip(raw, mapped):
+        sure = min(before.confidence, 0.999)
+        logit = np.log(sure / (1 - sure))
+        assert after.confidence == pytest.approx(1 / (1 + np.exp(1 - 0.5 * logit)))
+        np.testing.assert_array_equal(before.T_cam_obj, after.T_cam_obj)
+    # What it was measured on is stage 3; the other poses keep theirs.
+    world.model.scrambled = True
+    for pose in world.estimator(hypotheses=1).estimate(rgb, PINHOLE, segments).poses:
+        assert pose.source == "affine" and 0 < pose.confidence <= 0.1
+
+
+def test_a_calibration_lives_in_the_weights_file(tmp_path, weights):
+    path = tmp_path / "tiny.safetensors"
+    path.write_bytes(weights.read_bytes())
+    assert load_model("tiny", path).calibration == (1.0, 0.0)
+    save_calibration(path, 0.8, -0.25)
+    model = load_model("tiny", path)
+    assert model.calibration == (0.8, -0.25)
+    for key, value in load_model("tiny", weights).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
+    save_model(model, path)
+    assert load_model("tiny", path).calibration == (0.8, -0.25)
+    save_calibration(path, -1.0, 0.0)
+    with pytest.raises(CheckpointError, match="tiny.safetensors has a calibration that can't be used"):
+        load_model("tiny", path)

@@ -28,7 +28,7 @@ from picopose_ros.evaluation.stages import (
     viewpoints,
 )
 from picopose_ros.evaluation.synthetic import Benchmark, PoseFigures, Record, bottleneck, figures, summarise
-from picopose_ros.model import PRESETS, Features, PicoPose, save_model
+from picopose_ros.model import PRESETS, Features, PicoPose, load_model, save_model
 from picopose_ros.model.affine import initial_flow
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
@@ -283,10 +283,14 @@ def test_a_report_is_the_same_every_time_and_names_what_is_left_out(desk, tmp_pa
     assert {"contact_sheet.png", "reliability.png", "single-5-00000.jpg", "single-5-00001.jpg"} <= names
     assert all(cv2.imread(str(path)) is not None for path in pictures.iterdir())
 
-    assert main(words(desk, second, *more)) == 1
+    assert main(words(desk, second, *more, "--calibrate")) == 1
     one, two = (path.read_text().split('"times"')[0] for path in (first, second))
     assert one == two and len(one) > 1000
     assert [path.name for path in second.parent.iterdir()] == ["second.json"]
+    mapping = report["figures"]["confidence"]["all"]["mapping"]
+    assert load_model("tiny", desk / "weights.safetensors").calibration == pytest.approx(
+        (mapping["slope"], mapping["offset"]), rel=1e-4
+    )
 
 
 def test_what_cannot_work_is_said_before_the_work(desk, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
+from picopose_ros.confidence import Calibration, fit_calibration
 from picopose_ros.evaluation.metrics import (
     MISSING,
     MSPD_THRESHOLDS,
@@ -21,14 +22,12 @@ from picopose_ros.evaluation.metrics import (
     bop_recalls,
     bop_symmetries,
     evaluation_points,
-    fit_platt,
     match_by_position,
     mspd,
     mssd,
     pose_errors,
     ray_lengths,
     reliability,
-    rescaled,
     rotation_error_deg,
     translation_error,
     visible_surface,
@@ -241,17 +240,20 @@ def test_reliability_by_hand() -> None:
     assert found.error == pytest.approx((0.05 * 1 + (0.95 - 2 / 3) * 3) / 4)
 
 
-def test_platt_mapping_is_found_and_keeps_the_order() -> None:
+def test_the_calibration_is_found_and_keeps_the_order() -> None:
     """Poses that are right as often as a mapping of their confidence says."""
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.05, 0.95, 4000)
-    correct = rng.uniform(size=4000) < rescaled(confidence, 2.0, 1.0)
-    slope, offset = fit_platt(confidence, correct)
-    assert slope == pytest.approx(2.0, abs=0.2) and offset == pytest.approx(1.0, abs=0.2)
-    mapped = rescaled(confidence, slope, offset)
+    correct = rng.uniform(size=4000) < Calibration(2.0, 1.0).apply(confidence)
+    found = fit_calibration(confidence, correct)
+    assert found.slope == pytest.approx(2.0, abs=0.2) and found.offset == pytest.approx(1.0, abs=0.2)
+    mapped = found.apply(confidence)
     assert reliability(mapped, correct).error < 0.03 < reliability(confidence, correct).error
     assert (np.diff(mapped[np.argsort(confidence)]) >= 0).all()
-    assert rescaled(0.0, slope, offset) == 0 and rescaled(1.0, slope, offset) == 1
+    assert 0 < found.apply(0.0) < 0.001 and 0.999 < found.apply(1.0) < 1
     # All right, all the same: no infinite mapping.
-    slope, offset = fit_platt(np.full(5, 0.5), np.ones(5, bool))
-    assert 0.5 < rescaled(0.5, slope, offset) < 1 and 0.2 < slope < 5
+    few = fit_calibration(np.full(5, 0.5), np.ones(5, bool))
+    assert 0.5 < few.apply(0.5) < 1 and 0.2 < few.slope < 5
+    twice = found.then(few)
+    assert twice.apply(0.3) == pytest.approx(few.apply(found.apply(0.3)))
+    np.testing.assert_array_equal(Calibration().apply(confidence), confidence)

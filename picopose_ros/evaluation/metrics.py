@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import trimesh
-from scipy.optimize import linear_sum_assignment, minimize
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import ConvexHull, QhullError, cKDTree
-from scipy.special import expit, logit
 from scipy.stats import rankdata
 
 from picopose_ros.templates.meshes import ObjectMesh, Symmetries
@@ -321,28 +320,6 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
     gaps = np.nan_to_num(np.abs(means[0] - means[1]))
     error = float((gaps * counts).sum() / len(confidence)) if len(confidence) else float("nan")
     return Reliability(edges, counts, means[0], means[1], error)
-
-
-def rescaled(confidence: np.ndarray | float, slope: float, offset: float) -> np.ndarray:
-    """Platt's monotone mapping of confidences in 0..1: logit times ``slope`` plus ``offset``; 0 stays 0."""
-    return expit(slope * logit(np.asarray(confidence, np.float64)) + offset)
-
-
-def fit_platt(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of :func:`rescaled` for which confidences (n,) say how often poses (n,) are right.
-
-    The slope is positive: the order never changes. Maximum likelihood, drawn to no change by a weight of two
-    poses, so that few or one-sided data give no extreme mapping.
-    """
-    x = logit(np.clip(np.asarray(confidence, np.float64), 1e-3, 1 - 1e-3))
-    y = np.asarray(correct, np.float64)
-
-    def loss(parameters: np.ndarray) -> float:
-        z = np.exp(parameters[0]) * x + parameters[1]
-        return float((np.logaddexp(0, z) - y * z).sum() + (parameters**2).sum())
-
-    found = minimize(loss, np.zeros(2)).x
-    return float(np.exp(found[0])), float(found[1])
 
 
 def match_by_position(estimates: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[int | None]:

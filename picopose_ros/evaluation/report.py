@@ -85,6 +85,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     scene = f"{about['scenes']} {about['kind']} scenes (seed {about['seed']})"
     masks = "degraded masks" if about["mask_noise"] else "true masks"
     kept = "background visible" if about["background"] else "background masked"
+    kept += ", reference decode" if about["decode"] == "reference" else ""
+    kept += ", second look" if about["second_look"] else ""
     sections = [
         f"{overall['all']['queries']} queries of {overall['all']['objects']} objects in {scene}, {masks}, "
         f"{kept}; {about['viewpoints']} templates, preset `{about['preset']}`, weights `{about['weights']}`. "

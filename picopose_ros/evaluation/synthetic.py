@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.confidence import Calibration, fit_calibration
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimator import (
     EstimatorSettings,
@@ -40,10 +41,8 @@ from picopose_ros.evaluation.metrics import (
     bop_recalls,
     bop_symmetries,
     evaluation_points,
-    fit_platt,
     pose_errors,
     reliability,
-    rescaled,
 )
 from picopose_ros.evaluation.report import check_writable, markdown, plain, write_atomically
 from picopose_ros.evaluation.sheets import Shot, contact_sheet, reliability_picture, scene_overlay
@@ -62,6 +61,7 @@ from picopose_ros.evaluation.stages import (
 )
 from picopose_ros.geometry.crops import crop_box_from_mask
 from picopose_ros.model import load_model, model_fingerprint
+from picopose_ros.model.checkpoint import save_calibration, weights_path
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import onboard
 from picopose_ros.templates.meshes import ObjectMesh, load_object
@@ -140,6 +140,11 @@ class Record:
         """Whether a pose has an ADD(-S) below a tenth of the diameter."""
         figures = self.poses.get(pose)
         return figures is not None and figures.errors.correct
+
+    def from_offsets(self, pose: str) -> bool:
+        """Whether a pose is stage 3's and not the fallback to stage 2's."""
+        figures = self.poses.get(pose)
+        return figures is not None and figures.source == "offsets"
 
 
 def answer_name(hypotheses: int) -> str:
@@ -525,20 +530,32 @@ def confidence_figures(records: Sequence[Record], stage: str) -> dict[str, Any]:
                 curve.edges, curve.edges[1:], curve.counts, curve.confidence, curve.correct
             )
         ],
-        "mapping": _mapping(records, confidence, correct),
+        "mapping": {
+            **asdict(calibration(records, stage)),
+            "calibration_error": _left_by_calibration(records, stage),
+        },
     }
 
 
-def _mapping(records: Sequence[Record], confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
-    """The monotone mapping that fits, and the error left by one fitted on the other half of the objects."""
-    slope, offset = fit_platt(confidence, correct)
-    names = {name: k % 2 for k, name in enumerate(sorted({record.class_id for record in records}))}
-    half = np.array([names[record.class_id] for record in records])
-    mapped = np.zeros(len(confidence))
-    for which in (0, 1):
-        fitted = fit_platt(confidence[half != which], correct[half != which])
-        mapped[half == which] = rescaled(confidence[half == which], *fitted)
-    return {"slope": slope, "offset": offset, "calibration_error": reliability(mapped, correct).error}
+def calibration(records: Sequence[Record], stage: str) -> Calibration:
+    """The mapping of published confidences that fits, of poses from offsets: it is meant for those only."""
+    used = [r for r in records if r.from_offsets(stage)]
+    confidence, correct = [r.confidence for r in used], [r.correct(stage) for r in used]
+    return fit_calibration(np.array(confidence), np.array(correct))
+
+
+def _left_by_calibration(records: Sequence[Record], stage: str) -> float:
+    """The calibration error that a mapping fitted on one half of the objects leaves on the other half."""
+    names = sorted({record.class_id for record in records})
+    halves = [[r for r in records if names.index(r.class_id) % 2 == which] for which in (0, 1)]
+    mapped, correct = [], []
+    for own, other in (halves, halves[::-1]):
+        fitted = calibration(other, stage)
+        for record in own:
+            meant = record.from_offsets(stage)
+            mapped.append(float(fitted.apply(record.confidence)) if meant else record.confidence)
+            correct.append(record.correct(stage))
+    return reliability(np.array(mapped), np.array(correct)).error
 
 
 def bottleneck(records: Sequence[Record]) -> dict[str, float]:
@@ -637,7 +654,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="write pictures of scenes and cases")
     parser.add_argument("--mask-noise", action="store_true", help="masks as a segmenter makes them")
     parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="keep in the weights file what makes the confidence the share of right poses",
+    )
+    parser.add_argument(
         "--background", action="store_true", help="show the network what lies around the segment"
+    )
+    parser.add_argument(
+        "--decode",
+        choices=("subpixel", "reference"),
+        default="subpixel",
+        help="how pairs are read (subpixel)",
+    )
+    parser.add_argument(
+        "--second-look", action="store_true", help="once more from the template nearest to the best pose"
     )
     add_onboarding_arguments(parser)
 
@@ -660,7 +691,12 @@ def run(args: argparse.Namespace) -> int:
     )
     meshes = {name: load_object(onboarding.specs[name]) for name in sorted(onboarding.banks)}
     facts = object_facts(args.meshes, [mesh.spec for mesh in meshes.values()])
-    settings = EstimatorSettings(hypotheses=args.hypotheses, keep_background=args.background)
+    settings = EstimatorSettings(
+        hypotheses=args.hypotheses,
+        decode=args.decode,
+        second_look=args.second_look,
+        keep_background=args.background,
+    )
     estimator = PoseEstimator(model, onboarding.banks, settings, device)
     onboarded = time.perf_counter()
     with MeshRenderer() as renderer:
@@ -693,6 +729,8 @@ def run(args: argparse.Namespace) -> int:
                 "hypotheses": args.hypotheses,
                 "mask_noise": args.mask_noise,
                 "background": args.background,
+                "decode": args.decode,
+                "second_look": args.second_look,
                 "viewpoints": args.viewpoints,
                 "preset": args.preset,
                 "weights": model_fingerprint(model)[:16],
@@ -713,6 +751,9 @@ def run(args: argparse.Namespace) -> int:
     text = markdown(report)
     if args.markdown is not None:
         write_atomically(args.markdown, text)
+    if args.calibrate:
+        fitted = Calibration(*model.calibration).then(calibration(benchmark.records, benchmark.stages[-1]))
+        save_calibration(weights_path(args.preset, args.weights), fitted.slope, fitted.offset)
     print(text)
     for name, reason in sorted(onboarding.failed.items()):
         print(f"object '{name}' is left out: {reason}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 from picopose_ros.errors import CheckpointError
 from picopose_ros.model.config import preset
 from picopose_ros.model.network import PicoPose
+
+_CALIBRATION = "calibration"
+"""Key of the metadata that holds slope and offset of the confidence."""
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
 
@@ -145,6 +149,22 @@ def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def weights_path(preset_name: str, weights: str | Path | None = None) -> Path:
+    """The weights file: the given one, or the one of the preset in the package.
+
+    Raises:
+        CheckpointError: none is given and the package has none.
+    """
+    if weights:
+        return Path(weights).expanduser()
+    path = WEIGHTS_DIR / f"{preset_name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"preset '{preset_name}' has no packaged weights; give a checkpoint file as weights"
+        )
+    return path
+
+
 def load_model(
     preset_name: str = "tiny", weights: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> PicoPose:
@@ -158,14 +178,7 @@ def load_model(
         ConfigError: unknown preset. CheckpointError: unreadable weights, or weights of another preset.
     """
     config = preset(preset_name)
-    if not weights:
-        path = WEIGHTS_DIR / f"{preset_name}.safetensors"
-        if not path.is_file():
-            raise CheckpointError(
-                f"preset '{preset_name}' has no packaged weights; give a checkpoint file as weights"
-            )
-    else:
-        path = Path(weights).expanduser()
+    path = weights_path(preset_name, weights)
     state, metadata = _read(path)
     if metadata.get("preset", preset_name) != preset_name:
         raise CheckpointError(
@@ -180,6 +193,7 @@ def load_model(
             module.num_batches_tracked.zero_()
     state = {k: v.float() if v.is_floating_point() else v for k, v in convert_released(state).items()}
     _fit(model, state, path)
+    model.calibration = _calibration(metadata, path)
     return model.to(device).eval()
 
 
@@ -195,9 +209,44 @@ def save_model(
         value = value.detach().cpu()
         state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
     info = {"preset": model.config.name, "config": json.dumps(model.config.to_dict()), **(metadata or {})}
+    if model.calibration != (1.0, 0.0):
+        info[_CALIBRATION] = json.dumps(model.calibration)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, state, info)
+
+
+def save_calibration(path: str | Path, slope: float, offset: float) -> None:
+    """Keep a calibration of the confidence in a weights file; its tensors stay as they are.
+
+    Raises:
+        CheckpointError: the file can't be read, is no .safetensors file, or can't be written.
+    """
+    path = Path(path).expanduser()
+    state, metadata = _read(path)
+    if "preset" not in metadata:
+        raise CheckpointError(f"weights file {path} is not one that this package wrote; convert it first")
+    try:
+        _replace(path, state, {**metadata, _CALIBRATION: json.dumps([slope, offset])})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights file {path} cannot be written: {error}") from error
+
+
+def _calibration(metadata: dict[str, str], path: Path) -> tuple[float, float]:
+    try:
+        slope, offset = json.loads(metadata.get(_CALIBRATION, "[1.0, 0.0]"))
+        if not (0 < float(slope) < math.inf and math.isfinite(float(offset))):
+            raise ValueError("numbers that can't be")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"weights file {path} has a calibration that can't be used ({metadata[_CALIBRATION]!r}: "
+            f"{error}); measure it again with picopose eval synthetic --calibrate"
+        ) from error
+    return float(slope), float(offset)
+
+
+def _replace(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, partial, metadata=info)
+    save_file(state, partial, metadata=metadata)
     os.replace(partial, path)
 
 
