@@ -26,7 +26,7 @@ from picopose_ros.templates.viewpoints import icosphere
 #: .35, of other seeds than the benchmark's: below it, one sees no difference in several of the directions;
 #: above it, print or marks tell the two poses apart in nearly all.
 AMBIGUOUS_MARGIN = 0.15
-#: A rotation that changes less than this share of the pixels in *every* direction is a symmetry.
+#: A rotation that changes less than this share of the pixels in each of six directions is a symmetry.
 SYMMETRY_SHARE = 0.04
 #: Colours this far apart (largest channel, 8 bit, after a slight blur) are seen as different.
 COLOUR_STEP = 25.0
@@ -38,7 +38,9 @@ SMALLEST_ANGLE = 30.0
 _SIDE = 96
 _DISTANCE = 6.0  # of the camera, in radii of the object
 _SAMPLES = 4000
+_FEW, _MORE = (0, 4, 8), (2, 6, 10)  # directions: to choose candidates by, and to settle symmetries with
 _FINALISTS = 16
+_MOST_SYMMETRIES = 60
 _WORTH_LOOKING = 0.12  # mean gap of the surfaces in radii
 
 
@@ -194,15 +196,15 @@ def measure_ambiguity(renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) 
     rotations = [
         R for R in candidate_rotations(centred) if _shape_gap(probe, tree, R) < _WORTH_LOOKING * booth.radius
     ]
-    few = [booth.differing(R, range(0, 12, 4)).mean() for R in rotations]
-    finalists = [rotations[i] for i in np.argsort(few, kind="stable")[:_FINALISTS]]
+    few = [booth.differing(R, _FEW) for R in rotations]
+    finalists = np.argsort([shares.mean() for shares in few], kind="stable")[:_FINALISTS]
     margin, best = 1.0, np.eye(3)
-    for R in finalists:
-        share = booth.differing(R, range(12))
-        if share.mean() < margin:
-            margin, best = float(share.mean()), R
-    alike = [R for R, share in zip(rotations, few, strict=True) if share < SYMMETRY_SHARE]
-    exact = [R for R in alike if booth.differing(R, range(12)).max() < SYMMETRY_SHARE]
+    for R in (rotations[i] for i in finalists):
+        share = booth.differing(R, range(12)).mean()
+        if share < margin:
+            margin, best = float(share), R
+    alike = [R for R, shares in zip(rotations, few, strict=True) if shares.max() < SYMMETRY_SHARE]
+    exact = [R for R in alike if booth.differing(R, _MORE).max() < SYMMETRY_SHARE]
     renderer.release(parts)
     return Ambiguity(margin, booth.about_centre(best), _as_symmetries(exact, booth))
 
@@ -212,16 +214,25 @@ def _as_symmetries(rotations: list[np.ndarray], booth: _Booth) -> Symmetries:
 
     One continuous axis at most: a sphere's three would be hundreds of thousands of motions.
     """
-    vectors = [trimesh.transformations.rotation_from_matrix(_homogeneous(R)) for R in rotations]
-    for angle_axis in vectors:
-        axis = angle_axis[1]
-        around = [abs(other[1] @ axis) > np.cos(np.deg2rad(1.0)) for other in vectors]
-        if sum(around) >= len(_angles()):
-            flips = [
-                R for R, same in zip(rotations, around, strict=True) if not same and (R @ axis) @ axis < -0.99
-            ]
+    axes = [trimesh.transformations.rotation_from_matrix(_homogeneous(R))[1] for R in rotations]
+    for axis in axes:
+        around = sum(abs(other @ axis) > np.cos(np.deg2rad(1.0)) for other in axes)
+        if around >= len(_angles()):
+            flips = [R for R in rotations if (R @ axis) @ axis < -0.9999]
             return Symmetries(tuple(booth.about_centre(R) for R in flips[:1]), ((axis, booth.centre),))
-    return Symmetries(tuple(booth.about_centre(R) for R in rotations))
+    return Symmetries(tuple(booth.about_centre(R) for R in _closed(rotations)))
+
+
+def _closed(rotations: list[np.ndarray]) -> list[np.ndarray]:
+    """The rotations and what they make one after the other, without the identity: a prism's half turns are
+    about more axes than are tried."""
+    group = [np.eye(3), *rotations]
+    for one in group:  # grows meanwhile
+        for other in rotations:
+            made = one @ other
+            if len(group) <= _MOST_SYMMETRIES and max(np.trace(made.T @ R) for R in group) < 2.999:
+                group.append(made)
+    return group[1:]
 
 
 def _homogeneous(rotation: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import trimesh
 import yaml
+from tqdm import tqdm
 
 from picopose_ros.errors import ConfigError, MeshError, PicoPoseError
 from picopose_ros.evaluation.ambiguity import Ambiguity, measure_ambiguity
@@ -107,25 +108,37 @@ def write_heldout(
             f"cannot export {objects} objects from seed {first_seed}: use at least 1 object and seeds from "
             f"{VALIDATION_SEED} on; smaller ones are trained on"
         )
-    done = _resume(folder, objects, first_seed)
+    done, complete = _resume(folder, objects, first_seed)
+    missing = [index for index in range(objects) if not _is_whole(folder, _class_id(index), done)]
+    if complete and not missing:
+        return
+    # First of all, so that a folder whose export is cut off says so.
+    _write_benchmark(folder, objects, first_seed, done)
     with MeshRenderer() as renderer:
-        for index in _bar(range(objects), progress):
-            class_id = f"heldout_{index:03d}"
-            path = folder / f"{class_id}.glb"
-            entry = done.get(class_id)
-            if entry and path.is_file() and mesh_digest(ObjectSpec(class_id, path)) == entry["digest"]:
-                continue
+        for index in tqdm(missing, "objects", disable=not progress):
+            class_id = _class_id(index)
+            spec = ObjectSpec(class_id, folder / f"{class_id}.glb")
             group, made = make_heldout(index, first_seed)
-            _replace(path, glb_bytes(made.parts))
-            done[class_id] = _entry(group, made, load_object(ObjectSpec(class_id, path)), renderer)
+            _replace(spec.path, glb_bytes(made.parts))
+            done[class_id] = _entry(group, made, load_object(spec), renderer)
             _write_benchmark(folder, objects, first_seed, done)
-    settings = {}
+    done = dict(sorted(done.items()))
+    settings: dict[str, dict[str, Any]] = {class_id: {"unit": "m"} for class_id in done}
     for class_id, entry in done.items():
-        settings[class_id] = {"unit": "m"}
-        if entry["symmetries"]["discrete"] or entry["symmetries"]["continuous"]:
+        if entry["symmetric"]:
             settings[class_id]["symmetries"] = entry["symmetries"]
     _replace(folder / OBJECTS_FILE, yaml.safe_dump(settings).encode())
     _write_benchmark(folder, objects, first_seed, done, complete=True)
+
+
+def _class_id(index: int) -> str:
+    return f"heldout_{index:03d}"
+
+
+def _is_whole(folder: Path, class_id: str, done: dict[str, dict[str, Any]]) -> bool:
+    path = folder / f"{class_id}.glb"
+    known = class_id in done and path.is_file()
+    return known and mesh_digest(ObjectSpec(class_id, path)) == done[class_id]["digest"]
 
 
 def glb_bytes(parts: Sequence[trimesh.Trimesh]) -> bytes:
@@ -239,26 +252,24 @@ def _bop_symmetries(symmetries: Symmetries) -> dict[str, list[Any]]:
     }
 
 
-def _resume(folder: Path, objects: int, first_seed: int) -> dict[str, dict[str, Any]]:
-    """Entries of the objects that an earlier call has finished; makes the folder."""
+def _resume(folder: Path, objects: int, first_seed: int) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Entries that an earlier call has finished, and whether they are all there are; makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        known = _read_benchmark(folder)
-        others = [path.name for path in sorted(folder.rglob("*")) if path.suffix.lower() in MESH_SUFFIXES]
     except OSError as error:
         raise PicoPoseError(f"cannot use {folder} ({error.strerror}): choose another folder") from error
+    known = _read_benchmark(folder)
     if known is None:
-        # A single file may be there from a call that was killed before it could describe it.
-        others = [name for name in others if name != "heldout_000.glb"]
+        others = [path.name for path in sorted(folder.rglob("*")) if path.suffix.lower() in MESH_SUFFIXES]
         if others:
             raise ConfigError(f"{folder} already holds other meshes ({others[0]}): choose another folder")
-        return {}
-    if known["first_seed"] != first_seed or len(known["objects"]) > objects:
+        return {}, False
+    if known["first_seed"] != first_seed or known["wanted"] > objects:
         raise ConfigError(
-            f"{folder} holds {len(known['objects'])} objects from seed {known['first_seed']}, asked for are "
+            f"{folder} is for {known['wanted']} objects from seed {known['first_seed']}, asked for are "
             f"{objects} from seed {first_seed}: choose another folder or delete this one"
         )
-    return known["objects"]
+    return known["objects"], known["complete"] and known["wanted"] == objects
 
 
 def _read_benchmark(folder: Path) -> dict[str, Any] | None:
@@ -310,12 +321,6 @@ def _replace(path: Path, content: bytes) -> None:
         raise PicoPoseError(
             f"cannot write {path} ({error.strerror}): free disk space or choose another folder"
         ) from error
-
-
-def _bar(items: Sequence[int], shown: bool) -> Iterable[int]:
-    from tqdm import tqdm
-
-    return tqdm(items, "objects", disable=not shown)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -158,6 +158,6 @@ def _histogram(title: str, values: Sequence[float], edges: np.ndarray, form: str
             cv2.putText(picture, form.format(edge), at, font, 0.4, ink, 1, cv2.LINE_AA)
     cv2.line(picture, (left, base), (width - 14, base), ink, 1)
     cv2.putText(picture, str(counts.max()), (6, top + 6), font, 0.4, ink, 1, cv2.LINE_AA)
-    title = f"{title} (n = {len(values)}, median {np.median(values):.2g})"
+    title = f"{title} (n = {len(values)}, median {np.median(values):.3g})"
     cv2.putText(picture, title, (left, 24), font, 0.42, ink, 1, cv2.LINE_AA)
     return picture

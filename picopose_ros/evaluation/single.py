@@ -35,10 +35,12 @@ DISTANCE_RANGE = (2.2, 6.0)
 BORDER_INSET = 0.35
 """The centre keeps this share of the object's apparent size from the image's border, so that some objects are
 cut off by it, but none by much."""
-OCCLUSION = 0.5
-"""Share of the scenes with an occluder in front of the object."""
-LEAST_LEFT = 0.4
-"""An occluder that leaves less of the object is drawn again."""
+OCCLUSION = 0.4
+"""Share of the scenes with an occluder in front of the object, as in training."""
+MOST_HIDDEN = 0.6
+"""How much of the object an occluder hides is drawn evenly up to this share. (Training takes its occluders as
+they come; most of them hide little.)"""
+_COVERS = 8  # occluders of which the one is taken that hides most nearly the drawn share
 
 
 class SingleScenes:
@@ -129,9 +131,9 @@ def _draw_pose(rng: np.random.Generator, mesh: ObjectMesh, K: np.ndarray) -> np.
 
 def _cover(rng: np.random.Generator, whole: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
     """An occluder (uint8), or None if none leaves enough, and what it leaves of the object."""
-    for _ in range(10):
-        cover = occluder(whole, rng)
-        left = whole & ~cover
-        if LEAST_LEFT * whole.sum() <= left.sum() < whole.sum():
-            return cover, left
-    return None, whole
+    wanted = rng.uniform(0, MOST_HIDDEN)
+    covers = [occluder(whole, rng) for _ in range(_COVERS)]
+    hidden = np.array([1 - (whole & ~cover).sum() / whole.sum() for cover in covers])
+    miss = np.where((hidden > 0) & (hidden <= MOST_HIDDEN), np.abs(hidden - wanted), np.inf)
+    best = int(miss.argmin())
+    return (covers[best], whole & ~covers[best]) if np.isfinite(miss[best]) else (None, whole)
