@@ -280,7 +280,14 @@ def test_a_report_is_the_same_every_time_and_names_what_is_left_out(desk, tmp_pa
     text = tables.read_text()
     assert "`broken`" in text and "| **all** | 2 |" in text and "degraded masks" in text
     names = {path.name for path in pictures.iterdir()}
-    assert {"contact_sheet.png", "reliability.png", "single-5-00000.jpg", "single-5-00001.jpg"} <= names
+    assert report["difficulty"]["visible"]["5%"] <= report["difficulty"]["visible"]["95%"] <= 1
+    assert {
+        "contact_sheet.png",
+        "reliability.png",
+        "difficulty.png",
+        "single-5-00000.jpg",
+        "single-5-00001.jpg",
+    } <= names
     assert all(cv2.imread(str(path)) is not None for path in pictures.iterdir())
 
     assert main(words(desk, second, *more, "--calibrate")) == 1

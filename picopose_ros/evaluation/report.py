@@ -92,6 +92,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{kept}; {about['viewpoints']} templates, preset `{about['preset']}`, weights `{about['weights']}`. "
         "Shares are of all queries: one without a pose counts as wrong.",
     ]
+    if report["difficulty"]:
+        names = {"visible": "visible share", "distance": "distance / diameter", "pixels": "longer side, px"}
+        rows = [
+            [names[key], *(_number(value, 0 if key == "pixels" else 2) for value in quantiles.values())]
+            for key, quantiles in report["difficulty"].items()
+        ]
+        sections.append(table(["queries", "5 %", "median", "95 %"], rows))
     if report["unreadable"]:
         names = ", ".join(f"`{name}`" for name in report["unreadable"])
         sections.append(f"Left out, because the mesh can't be used: {names}.")

@@ -70,7 +70,7 @@ from picopose_ros.training.augment import degrade_mask
 
 if TYPE_CHECKING:
     from picopose_ros.evaluation.objects import ObjectFacts
-    from picopose_ros.evaluation.scenes import Scene, SceneInstance
+    from picopose_ros.evaluation.scenes import Difficulty, Scene, SceneInstance
 
 VISIBILITY_BINS = ((0.0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 """Visible shares that are told apart."""
@@ -680,7 +680,7 @@ def run(args: argparse.Namespace) -> int:
         PicoPoseError: input that can't be used, or a report that can't be written.
     """
     from picopose_ros.evaluation.objects import object_facts
-    from picopose_ros.evaluation.scenes import BENCHMARK_VERSION, make_scenes
+    from picopose_ros.evaluation.scenes import BENCHMARK_VERSION, difficulty, difficulty_figure, make_scenes
 
     begin = time.perf_counter()
     _check_places(args)
@@ -714,7 +714,9 @@ def run(args: argparse.Namespace) -> int:
 
         benchmark = Benchmark(estimator, meshes, facts, args.seed, renderer, args.mask_noise, pictures)
         scenes = make_scenes(list(meshes.values()), args.scenes, args.seed, args.kind)
+        hardness: list[Difficulty] = []
         for index, scene in enumerate(tqdm(scenes, total=args.scenes, unit="scene", disable=None)):
+            hardness += difficulty(scene, meshes)
             benchmark.add(index, scene)
         if not benchmark.records:
             raise ConfigError(f"none of {args.scenes} scenes shows an object; make more scenes")
@@ -736,6 +738,7 @@ def run(args: argparse.Namespace) -> int:
                 "weights": model_fingerprint(model)[:16],
             },
             "unreadable": onboarding.failed,
+            "difficulty": _quantiles(hardness),
             "stages": benchmark.stages,
             "facts": {name: vars(fact) for name, fact in sorted(facts.items()) if name in meshes},
             "figures": summarise(benchmark.records, facts, benchmark.stages),
@@ -745,6 +748,7 @@ def run(args: argparse.Namespace) -> int:
         report["times"] = times(benchmark, onboarded - begin, time.perf_counter() - begin)
         report = plain(report)
         if args.overlays is not None:
+            difficulty_figure(hardness, args.overlays / "difficulty.png")
             _write_cases(benchmark, meshes, renderer, args.overlays)
             reliability_picture(report["figures"]["confidence"]["all"], args.overlays / "reliability.png")
     write_atomically(args.out, report)
@@ -758,6 +762,14 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in sorted(onboarding.failed.items()):
         print(f"object '{name}' is left out: {reason}", file=sys.stderr)
     return 1 if onboarding.failed else 0
+
+
+def _quantiles(instances: Sequence[Difficulty]) -> dict[str, dict[str, float]]:
+    """How hard the queries are: of each measure the 5th, 50th and 95th percentile."""
+    return {
+        name: dict(zip(("5%", "50%", "95%"), np.percentile([vars(i)[name] for i in instances], (5, 50, 95))))
+        for name in (vars(instances[0]) if instances else ())
+    }
 
 
 def _check_places(args: argparse.Namespace) -> None:
