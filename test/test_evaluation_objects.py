@@ -74,7 +74,7 @@ def _wedge() -> trimesh.Trimesh:
         (_coloured_box((0.1, 0.07, 0.04), COLOURS[:1] * 6), 3, 0),
         (trimesh.creation.cylinder(0.05, 0.04, sections=6), 11, 0),
         (trimesh.creation.cone(0.03, 0.1, sections=48), 0, 1),
-        (trimesh.creation.cylinder(0.03, 0.1, sections=48), 1, 1),
+        (trimesh.creation.cylinder(0.03, 0.1, sections=32), 1, 1),
         (trimesh.creation.icosphere(2, 0.05), 1, 1),
     ],
     ids=["cuboid", "hexagonal prism", "cone", "cylinder", "sphere"],
@@ -97,11 +97,10 @@ def test_plain_regular_shapes_are_ambiguous_and_symmetric(
     "parts",
     [
         [_coloured_box((0.1, 0.1, 0.1), COLOURS)],
-        [_printed(trimesh.creation.box((0.1, 0.1, 0.1)))],
         [_printed(_wedge())],
         [_wedge()],  # no two sides alike: the shape alone tells
     ],
-    ids=["six colours", "printed cube", "printed wedge", "plain wedge"],
+    ids=["six colours", "printed wedge", "plain wedge"],
 )
 def test_what_tells_its_sides_apart_is_not_ambiguous(
     renderer: MeshRenderer, parts: list[trimesh.Trimesh]

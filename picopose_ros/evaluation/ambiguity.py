@@ -36,10 +36,13 @@ DEPTH_STEP = 0.03
 SMALLEST_ANGLE = 30.0
 
 _SIDE = 96
-_DISTANCE = 6.0  # of the camera, in radii of the object
+_DISTANCE, _TILE = 40.0, 2.25  # of the camera, and the side of a tile, in radii of the object
 _SAMPLES = 4000
+_ALL = tuple(range(12))
 _FEW, _MORE = (0, 4, 8), (2, 6, 10)  # directions: to choose candidates by, and to settle symmetries with
 _FINALISTS = 16
+_SAME_ANGLE = 7.0  # degrees; less than half a step of the rotations that are tried
+_WHOLE_TURN = 19  # of the 21 steps of 15 degrees from 30 to 330
 _MOST_SYMMETRIES = 60
 _WORTH_LOOKING = 0.12  # mean gap of the surfaces in radii
 
@@ -114,7 +117,7 @@ def candidate_rotations(points: np.ndarray) -> np.ndarray:
 
 
 class _Booth:
-    """Pictures of one object from the 12 directions."""
+    """Pictures of one object from the 12 directions, taken from so far that perspective hardly shows."""
 
     def __init__(self, renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) -> None:
         self._renderer, self._parts = renderer, parts
@@ -123,20 +126,14 @@ class _Booth:
         # The centre of the surface stays where it is under every symmetry; the box's centre does not.
         self.centre = np.average(shape.triangles_center, axis=0, weights=shape.area_faces)
         self.radius = float(np.linalg.norm(shape.vertices - self.centre, axis=1).max())
-        focal = 0.95 * _SIDE / 2 * np.sqrt(_DISTANCE**2 - 1)
-        middle = (_SIDE - 1) / 2
-        self._K = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]])
         # Aslant, so that no direction looks along an axis of a box, where two sides would be all there is.
         slant = _about(np.array([0.3, 0.5, 0.81]), 23.0)
-        self._poses = []
+        self._views = []  # R_cam_obj
         for direction in icosphere(0) @ slant.T:
             x = np.cross(direction, [0.13, 0.37, 0.92])
             x /= np.linalg.norm(x)
-            pose = np.eye(4)
-            pose[:3, :3] = x, np.cross(-direction, x), -direction
-            pose[2, 3] = _DISTANCE * self.radius
-            self._poses.append(pose)
-        self._plain = [self._look(pose, np.eye(3)) for pose in self._poses]
+            self._views.append(np.stack([x, np.cross(-direction, x), -direction]))
+        self._plain: dict[tuple[int, ...], Rendering] = {}
 
     def about_centre(self, rotation: np.ndarray) -> np.ndarray:
         """(4, 4) the rotation (3, 3) about the object's centre, in the mesh's frame."""
@@ -144,36 +141,48 @@ class _Booth:
         T[:3, :3], T[:3, 3] = rotation, self.centre - rotation @ self.centre
         return T
 
-    def _look(self, pose: np.ndarray, rotation: np.ndarray) -> Rendering:
-        shift = np.eye(4)
-        shift[:3, 3] = -self.centre
-        view = self._renderer.render(
-            self._parts, pose @ shift @ self.about_centre(rotation), self._K, _SIDE, _SIDE
-        )
+    def look(self, rotation: np.ndarray, directions: tuple[int, ...]) -> Rendering:
+        """The turned object from some directions, side by side in one picture of square tiles."""
+        count = len(directions)
+        items = []
+        for tile, direction in enumerate(directions):
+            T = np.eye(4)
+            T[:3, :3] = self._views[direction] @ rotation
+            aside = (tile - (count - 1) / 2) * _TILE
+            T[:3, 3] = self.radius * np.array([aside, 0, _DISTANCE]) - T[:3, :3] @ self.centre
+            items.append((self._parts, T))
+        focal = _DISTANCE * _SIDE / _TILE
+        K = np.array([[focal, 0, (count * _SIDE - 1) / 2], [0, focal, (_SIDE - 1) / 2], [0, 0, 1.0]])
+        view = self._renderer.render_scene(items, K, count * _SIDE, _SIDE)
         return Rendering(cv2.GaussianBlur(view.rgb, (0, 0), 0.8), view.depth)
 
-    def differing(self, rotation: np.ndarray, directions: Sequence[int]) -> np.ndarray:
+    def differing(self, rotation: np.ndarray, directions: tuple[int, ...]) -> np.ndarray:
         """Share of the pixels that differ when the object is turned, per direction."""
-        return np.array(
-            [
-                differing_share(self._plain[i], self._look(self._poses[i], rotation), 2 * self.radius)
-                for i in directions
-            ]
+        if directions not in self._plain:
+            self._plain[directions] = self.look(np.eye(3), directions)
+        return differing_shares(
+            self._plain[directions], self.look(rotation, directions), 2 * self.radius, len(directions)
         )
 
 
-def differing_share(one: Rendering, other: Rendering, size: float) -> float:
+def differing_shares(one: Rendering, other: Rendering, size: float, tiles: int = 1) -> np.ndarray:
     """Share of the pixels of two silhouettes in which they, the colours or the surfaces differ visibly.
 
     Args:
-        one, other: pictures of the same size. size: of the object in metres, for the depth's step.
+        one, other: pictures of the same shape. size: of the object in metres, for the depth's step.
+        tiles: how many pictures lie side by side in either.
+    Returns:
+        (tiles,)
     """
     either, both = one.mask | other.mask, one.mask & other.mask
-    colour = np.abs(one.rgb.astype(np.int16) - other.rgb).max(axis=-1) > COLOUR_STEP
+    red, green, blue = cv2.split(cv2.absdiff(one.rgb, other.rgb))
+    colour = cv2.max(cv2.max(red, green), blue) > COLOUR_STEP
     surface = np.abs(one.depth - other.depth) > DEPTH_STEP * size
     # A silhouette's last pixel is a matter of rounding.
     edge = cv2.morphologyEx((either & ~both).astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8)) > 0
-    return float((edge | (both & (colour | surface))).sum() / max(int(either.sum()), 1))
+    differ = edge | (both & (colour | surface))
+    counts, areas = (m.reshape(m.shape[0], tiles, -1).sum(axis=(0, 2)) for m in (differ, either))
+    return counts / np.maximum(areas, 1)
 
 
 def _shape_gap(points: np.ndarray, tree: cKDTree, rotation: np.ndarray) -> float:
@@ -200,37 +209,48 @@ def measure_ambiguity(renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) 
     finalists = np.argsort([shares.mean() for shares in few], kind="stable")[:_FINALISTS]
     margin, best = 1.0, np.eye(3)
     for R in (rotations[i] for i in finalists):
-        share = booth.differing(R, range(12)).mean()
+        share = booth.differing(R, _ALL).mean()
         if share < margin:
             margin, best = float(share), R
     alike = [R for R, shares in zip(rotations, few, strict=True) if shares.max() < SYMMETRY_SHARE]
-    exact = [R for R in alike if booth.differing(R, _MORE).max() < SYMMETRY_SHARE]
+    exact = sorted(((booth.differing(R, _MORE).max(), R) for R in alike), key=lambda pair: pair[0])
     renderer.release(parts)
-    return Ambiguity(margin, booth.about_centre(best), _as_symmetries(exact, booth))
+    symmetries = _as_symmetries([R for share, R in exact if share < SYMMETRY_SHARE], booth)
+    return Ambiguity(margin, booth.about_centre(best), symmetries)
 
 
 def _as_symmetries(rotations: list[np.ndarray], booth: _Booth) -> Symmetries:
-    """Put symmetries into BOP's form: those that fill a whole turn about an axis become continuous.
+    """Put symmetries, the exactest first, into BOP's form: a whole turn about an axis is continuous.
 
     One continuous axis at most: a sphere's three would be hundreds of thousands of motions.
     """
-    axes = [trimesh.transformations.rotation_from_matrix(_homogeneous(R))[1] for R in rotations]
+    kept: list[np.ndarray] = []
+    for R in rotations:
+        if _is_new(R, kept):
+            kept.append(R)
+    axes = [trimesh.transformations.rotation_from_matrix(_homogeneous(R))[1] for R in kept]
     for axis in axes:
-        around = sum(abs(other @ axis) > np.cos(np.deg2rad(1.0)) for other in axes)
-        if around >= len(_angles()):
-            flips = [R for R in rotations if (R @ axis) @ axis < -0.9999]
+        if sum(abs(other @ axis) > np.cos(np.deg2rad(2.0)) for other in axes) >= _WHOLE_TURN:
+            flips = [R for R in kept if (R @ axis) @ axis < -0.999]
             return Symmetries(tuple(booth.about_centre(R) for R in flips[:1]), ((axis, booth.centre),))
-    return Symmetries(tuple(booth.about_centre(R) for R in _closed(rotations)))
+    return Symmetries(tuple(booth.about_centre(R) for R in _closed(kept)))
+
+
+def _is_new(rotation: np.ndarray, others: Sequence[np.ndarray]) -> bool:
+    """Whether a rotation is no other one seen from slightly different axes."""
+    return all((np.trace(rotation.T @ R) - 1) / 2 < np.cos(np.deg2rad(_SAME_ANGLE)) for R in others)
 
 
 def _closed(rotations: list[np.ndarray]) -> list[np.ndarray]:
-    """The rotations and what they make one after the other, without the identity: a prism's half turns are
-    about more axes than are tried."""
+    """The rotations and what they make one after the other, without the identity.
+
+    A prism's half turns are about more axes than are tried.
+    """
     group = [np.eye(3), *rotations]
     for one in group:  # grows meanwhile
         for other in rotations:
             made = one @ other
-            if len(group) <= _MOST_SYMMETRIES and max(np.trace(made.T @ R) for R in group) < 2.999:
+            if len(group) <= _MOST_SYMMETRIES and _is_new(made, group):
                 group.append(made)
     return group[1:]
 
