@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -18,6 +22,8 @@ from picopose_ros.model.config import preset
 from picopose_ros.templates.bank import build_bank
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec
 from picopose_ros.training import pool as pool_module
+from picopose_ros.training.config import TrainConfig
+from picopose_ros.training.data import Batch, BatchDataset, concatenate, make_batch, take
 from picopose_ros.training.objects import (
     HELD_OUT_SHAPES,
     SIZE_RANGE,
@@ -26,7 +32,9 @@ from picopose_ros.training.objects import (
     VALIDATION_SEED,
     build_object,
 )
+from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training.pool import PoolReader, build_pool, decode_depth, encode_depth
+from picopose_ros.training.sources import Draw
 from picopose_ros.training.textures import HELD_OUT_TEXTURES, TRAINING_TEXTURES, project_box
 
 
@@ -280,3 +288,148 @@ def test_a_disk_that_is_too_small_is_said_so(tmp_path: Path, monkeypatch: pytest
         build_pool(tmp_path, objects=1)
     with pytest.raises(PicoPoseError, match="no pool"):
         PoolReader(tmp_path)
+
+
+def _full_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """The disk is full after so many small files; the large ones have reserved their room before."""
+    real, left = pool_module._write_json, [writes]
+
+    def write(path: Path, content: dict[str, object]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(pool_module, "_write_json", write)
+
+
+def test_a_disk_that_fills_up_leaves_a_pool_that_goes_on(
+    small_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _full_after(patch, 4)  # pool.json; families and progress of the first object; families of the second
+        with pytest.raises(PicoPoseError, match="No space left on device.*run it again"):
+            build_pool(tmp_path, objects=3, first_seed=4, clusters=2, queries=2)
+    reader = PoolReader(tmp_path)
+    assert [int(index) for index in reader.objects] == [0, 1]  # their views are all there
+    build_pool(tmp_path, objects=3, first_seed=4, clusters=2, queries=2)
+    whole = PoolReader(small_pool)
+    assert reader.refresh() == len(whole)
+    for index in range(len(whole)):
+        np.testing.assert_array_equal(reader[index].template.rgb, whole[index].template.rgb)
+        np.testing.assert_array_equal(reader[index].queries[1].depth, whole[index].queries[1].depth)
+
+
+def test_a_file_that_outgrows_its_quota_is_said_so(tmp_path: Path) -> None:
+    """A real refusal by the system, in a process of its own: files of at most 10 MB."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))\n"
+        "from picopose_ros.cli.main import main\n"
+        "raise SystemExit(main(['pool', sys.argv[1], '--objects', '20', '--workers', '1']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2
+    assert "cannot reserve" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "pool.json").exists()
+
+
+def _nan_pose(folder: Path) -> None:
+    np.load(folder / "query_pose.npy", mmap_mode="r+")[2, 1, 0, 0] = np.nan
+
+
+def _empty_mask(folder: Path) -> None:
+    np.load(folder / "template_mask.npy", mmap_mode="r+")[3] = 0
+
+
+def _lost_pages(folder: Path) -> None:
+    np.load(folder / "query_depth.npy", mmap_mode="r+")[2, 0] = 0
+
+
+def _nan_points(folder: Path) -> None:
+    np.load(folder / "template_points.npy", mmap_mode="r+")[2, 5, 5] = np.inf
+
+
+def _no_camera(folder: Path) -> None:
+    np.load(folder / "query_K.npy", mmap_mode="r+")[3] = 0
+
+
+def _no_diagonal(folder: Path) -> None:
+    np.load(folder / "diagonal.npy", mmap_mode="r+")[1] = 0
+
+
+def _names_cut_short(folder: Path) -> None:
+    (folder / "families" / "000001.json").write_text('{"seed": 5, "sha')
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_nan_pose, "cluster 0, pose of query 1"),
+        (_empty_mask, "cluster 1, its template's mask is empty"),
+        (_lost_pages, "cluster 0, mask of query 0 is empty"),
+        (_nan_points, "cluster 0, its template's points"),
+        (_no_camera, "cluster 1, camera of query 0"),
+        (_no_diagonal, "its diagonal is 0.0"),
+        (_names_cut_short, "000001.json cannot be read"),
+    ],
+)
+def test_a_broken_sample_is_left_out_and_named(
+    small_pool: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    folder = tmp_path / "pool"
+    shutil.copytree(small_pool, folder)
+    damage(folder)
+    reader = PoolReader(folder)
+    batch = make_batch(reader, 0, 0, 3, Difficulty())
+    assert len(batch.skipped) > 0 and len(batch.own) == 12
+    assert all(name == batch.skipped[0] for name in batch.skipped)
+    assert f"{folder}: object 1 (seed 5): " in batch.skipped[0] and reason in batch.skipped[0]
+    for name, value in vars(batch).items():
+        assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name
+    assert make_batch(PoolReader(small_pool), 0, 0, 3, Difficulty()).skipped == ()
+
+
+def test_a_pool_without_a_whole_sample_is_given_up(small_pool: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    shutil.copytree(small_pool, folder)
+    np.load(folder / "template_pose.npy", mmap_mode="r+")[:] = 0
+    with pytest.raises(PicoPoseError, match="100 samples in a row .* pose is none"):
+        make_batch(PoolReader(folder), 0, 0, 1, Difficulty())
+
+
+def _equal(one: Batch, other: Batch) -> None:
+    for name, value in vars(one).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(other, name)), name
+
+
+def test_shares_are_drawn_for_themselves(small_pool: Path) -> None:
+    """A process that takes only the second share draws what a process that takes both has there."""
+    reader = PoolReader(small_pool)
+    first, second = (make_batch(reader, 3, 7, 1, Difficulty(), share) for share in (0, 1))
+    assert not torch.equal(first.query_rgb, second.query_rgb)
+    _equal(first, make_batch(reader, 3, 7, 1, Difficulty()))
+    config = TrainConfig(pool=str(small_pool), seed=3, objects_per_step=2, shares=2)
+    both, alone = BatchDataset(Draw(config), [0, 1], 10)[7], BatchDataset(Draw(config), [1], 10)[7]
+    _equal(both, concatenate([first, second]))
+    _equal(alone, second)
+    assert both.own.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert both.other.tolist() == [1, 1, 0, 0, 3, 3, 2, 2]
+
+
+def test_some_pairs_of_a_batch_keep_their_templates(small_pool: Path) -> None:
+    batch = make_batch(PoolReader(small_pool), 3, 7, 2, Difficulty())
+    some = take(batch, 5)
+    assert len(some.own) == len(some.query_rgb) == len(some.pose_affine) == 5
+    for n in range(5):
+        for index in ("own", "other"):
+            a, b = getattr(some, index)[n], getattr(batch, index)[n]
+            assert torch.equal(some.template_rgb[a], batch.template_rgb[b])
+    config = TrainConfig(pool=str(small_pool), seed=3, pairs_per_step=5)
+    _equal(Draw(config)(7, 0), some)
+    assert len(take(batch, 1).template_rgb) == 2

@@ -9,7 +9,9 @@ CPU every process normalises by its own share, and the running statistics are av
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -45,35 +47,37 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def start(device: str) -> str:
-    """Join the processes that `torchrun` started, if it did.
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the processes that `torchrun` started, if it did, and leave them at the end.
 
     Args:
         device: `cpu`, `cuda`, ...; with several processes `cuda` becomes this process's own GPU.
-    Returns:
+
+    Yields:
         The device of this process.
+
     Raises:
-        ConfigError: more processes than GPUs on this machine.
+        ConfigError: no such GPU, or more processes than GPUs on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return device
     cuda = torch.device(device).type == "cuda"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if cuda and several:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use device cpu, a "
+            "CUDA build of PyTorch, or with torchrun no more processes than GPUs"
+        )
+    if not several:
+        yield device
+        return
     if cuda:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local} of this machine finds no GPU of its own ({torch.cuda.device_count()} there "
-                "are): give torchrun at most that many as --nproc-per-node"
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    return device
-
-
-def stop() -> None:
-    """Leave the group of processes, if there is one."""
-    if dist.is_initialized():
+    try:
+        yield device
+    finally:
         dist.destroy_process_group()
 
 
@@ -87,3 +91,19 @@ def average_statistics(model: nn.Module) -> None:
     flat = mean_over_processes(torch.cat([b.flatten() for b in buffers]))
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
+
+
+def my_shares(shares: int) -> list[int]:
+    """The shares of every step's batch that this process takes.
+
+    Raises:
+        ConfigError: they cannot be divided evenly.
+    """
+    rank, processes = world()
+    if shares % processes:
+        raise ConfigError(
+            f"{processes} processes cannot divide a step's {shares} shares evenly: set shares in the "
+            f"training config to {processes} or a multiple of it"
+        )
+    each = shares // processes
+    return list(range(rank * each, (rank + 1) * each))
