@@ -200,14 +200,16 @@ def load_model(
 def save_model(
     model: PicoPose, path: str | Path, half: bool = False, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write weights atomically as safetensors, in fp16 where `half`."""
+    """Write weights atomically as safetensors, in fp16 where `half`; BatchNorm's statistics stay fp32."""
     path = Path(path)
     state = {}
     for key, value in model.state_dict().items():
         if key.endswith("num_batches_tracked"):
             continue
         value = value.detach().cpu()
-        state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
+        # A variance may be smaller than fp16 can say.
+        halved = half and value.is_floating_point() and not key.endswith(("running_mean", "running_var"))
+        state[key] = (value.half() if halved else value).contiguous()
     info = {"preset": model.config.name, "config": json.dumps(model.config.to_dict()), **(metadata or {})}
     if model.calibration != (1.0, 0.0):
         info[_CALIBRATION] = json.dumps(model.calibration)

@@ -80,8 +80,11 @@ def train(config: TrainConfig, until: int | None = None) -> Trainer:
                 report.step(losses)
             stopped = stop.agreed(config.device)
             at_end = trainer.step == end
-            if report and (trainer.step % config.validate_every == 0 or at_end):
-                report.evaluate()
+            if trainer.step % config.validate_every == 0 or at_end:
+                trainer.settle()
+                trainer.save_weights("weights.safetensors")
+                if report:
+                    report.evaluate()
             due = trainer.step % config.save_every == 0 or at_end or trainer.step == config.decay_start
             if due or stopped:
                 trainer.save()
@@ -124,9 +127,9 @@ class _Report:
             self._bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in self._smooth.items()) + skipped)
 
     def evaluate(self) -> None:
-        """Measure the averaged weights on the fixed pairs; write a row, a picture, and the best weights."""
+        """Measure the shipped weights on the fixed pairs; write a row, a picture, and the best weights."""
         trainer = self._trainer
-        figures = validate(trainer.average, self._fixed)
+        figures = validate(trainer.shipped, self._fixed)
         rate = (trainer.step - self._first) / (time.monotonic() - self._began)
         if figures[_BEST] < self._curves.best(_BEST):
             trainer.save_weights("best.safetensors", **{_BEST: f"{figures[_BEST]:.4f}"})
@@ -135,7 +138,7 @@ class _Report:
         text = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
         tqdm.write(f"step {trainer.step} ({rate:.2f}/s): {text}")
         picture = correspondence_picture(
-            trainer.average, self._shown, f"step {trainer.step}: {_BEST} {figures[_BEST]:.2f} px"
+            trainer.shipped, self._shown, f"step {trainer.step}: {_BEST} {figures[_BEST]:.2f} px"
         )
         folder = trainer.out / "pictures"
         folder.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import math
@@ -29,6 +30,10 @@ from picopose_ros.training.sources import Draw
 
 PATIENCE = 20
 """A run with this many steps in a row whose loss is not finite is given up."""
+SETTLING_BATCHES = 8
+"""So many training batches give the shipped weights their BatchNorm statistics."""
+_SETTLING_STEP = 1_000_000_000
+"""Where these batches are drawn: beyond any step that is trained on."""
 _STATE = {
     "architecture": str,
     "model": dict,
@@ -111,6 +116,9 @@ class Trainer:
         self._objective: nn.Module = Objective(self.model, config)
         if processes > 1:
             self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False)
+        self.shipped = self.average
+        """The averaged weights as they were at the last `settle`."""
+        self._settling: list[tuple[int, Batch]] | None = None
         self.step = 0
         self.skipped: list[int] = []
         """Steps whose loss was not finite, so that they changed no weight."""
@@ -216,7 +224,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write the run's state and the averaged weights, each in one piece; only the first process does.
+        """Write the run's state, in one piece; only the first process does.
 
         Raises:
             PicoPoseError: the disk is full or not writable; what was there before is still there.
@@ -239,7 +247,6 @@ class Trainer:
         if self.last.exists():
             self._link(self.last, self.previous)
         replace_file(self.last, lambda path: torch.save(state, path))
-        self.save_weights("weights.safetensors")
 
     @staticmethod
     def _link(source: Path, target: Path) -> None:
@@ -252,15 +259,47 @@ class Trainer:
             return
         os.replace(partial, target)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make `shipped`: the averaged weights as fp16 holds them, with BatchNorm statistics of their own.
+
+        The moving average of the statistics lags behind that of the weights, and where an input hardly
+        varies (the residual flow of the first offset block is zero) BatchNorm magnifies the lag. With several
+        processes all of them have to call this.
+        """
+        self.shipped = copy.deepcopy(self.average)
+        for parameter in self.shipped.parameters():
+            parameter.copy_(parameter.half().float())
+        norms = [m for m in self.shipped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            if self._settling is None:
+                draw = Draw(self.config)
+                steps = range(_SETTLING_STEP, _SETTLING_STEP + SETTLING_BATCHES)
+                data = BatchDataset(draw, self.shares, _SETTLING_STEP + SETTLING_BATCHES)
+                self._settling = [(step, data[step]) for step in steps]
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over the batches
+            self.shipped.train()
+            objective = Objective(self.shipped, self.config)
+            for step, batch in self._settling:
+                generators = [share_generator(self.config.seed, step, share) for share in self.shares]
+                objective(batch.to(self.config.device), 1.0, generators)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            average_statistics(self.shipped)
+        self.shipped.eval()
+
     def save_weights(self, name: str, **notes: str) -> None:
-        """Write the averaged weights, fp16, into the run's folder, with notes in the file's metadata.
+        """Write the shipped weights, fp16, into the run's folder, with notes in the file's metadata.
 
         Raises:
             PicoPoseError: the disk is full or not writable.
         """
         if self.rank == 0:
             info = {"steps": str(self.step), "training": json.dumps(asdict(self.config)), **notes}
-            replace_file(self.out / name, lambda p: save_model(self.average, p, half=True, metadata=info))
+            replace_file(self.out / name, lambda p: save_model(self.shipped, p, half=True, metadata=info))
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step on this process's shares of a batch; losses are those of the whole batch.
