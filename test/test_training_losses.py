@@ -21,6 +21,7 @@ from picopose_ros.model import PicoPose, convert_released, preset
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.backbone import ViTBackbone
 from picopose_ros.model.checkpoint import _fit, resample_pos_embed
+from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import AffineLabels, flow_labels
 from picopose_ros.training.pairs import QueryCrop
@@ -41,7 +42,6 @@ from picopose_ros.training.released import (
     start_released,
     visibility_labels,
 )
-from picopose_ros.training.train import TrainConfig
 
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(DATA))

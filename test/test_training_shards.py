@@ -27,6 +27,7 @@ from picopose_ros.templates.bank import TEMPLATE_K
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import viewpoint_rotations
 from picopose_ros.training import shards as shards_module
+from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import flow_labels
 from picopose_ros.training.objects import build_object
@@ -520,3 +521,9 @@ def test_an_entry_that_cannot_work_is_refused(entry: Any, message: str) -> None:
 def test_an_entry_is_read() -> None:
     source = ShardSource.from_dict({"shards": "a", "templates": "t", "weight": 2}, "here")
     assert source == ShardSource("a", templates="t", weight=2)
+
+
+def test_the_config_of_the_papers_training_is_valid() -> None:
+    config = TrainConfig.load(Path(__file__).parent.parent / "config" / "train_vitl.yaml")
+    assert [source.weight for source in config.shards] == [1.0, 1.0]
+    assert config.pairs_per_step == 64 and config.losses == "released"

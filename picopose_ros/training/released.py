@@ -33,8 +33,8 @@ from picopose_ros.training.pairs import PairLabels, QueryCrop, pair_labels
 from picopose_ros.training.pool import TemplateView
 
 if TYPE_CHECKING:
+    from picopose_ros.training.config import TrainConfig
     from picopose_ros.training.data import Batch
-    from picopose_ros.training.train import TrainConfig
 
 TEMPERATURE = 0.1
 """Of the InfoNCE loss; fixed, not learned."""
