@@ -22,6 +22,7 @@ from picopose_ros.geometry.correspondences import (
     decode_correspondences,
     fit_similarity,
 )
+from picopose_ros.geometry.covariance import move_covariance, ray_covariance
 from picopose_ros.geometry.crops import (
     CROP_SIZE,
     crop_box_from_mask,
@@ -675,12 +676,14 @@ class PoseEstimator:
             T_cam_ctr = _place(query, hypothesis.template, hypothesis.affine, camera)
             if T_cam_ctr is None:
                 continue
-            z = T_cam_ctr[2, 3]
-            lateral = _AFFINE_SIGMA_CROP_PX / float(query.M_crop_img[0, 0]) * z / camera.K[0, 0]
-            sigma = np.array([lateral, lateral, _AFFINE_SIGMA_SCALE * z, *(_AFFINE_SIGMA_RAD,) * 3])
+            centre = T_cam_ctr[:3, 3]
+            across = _AFFINE_SIGMA_CROP_PX / float(query.M_crop_img[0, 0]) * centre[2] / camera.K[0, 0]
+            covariance = ray_covariance(centre, across, _AFFINE_SIGMA_SCALE, _AFFINE_SIGMA_RAD)
             confidence = _AFFINE_CONFIDENCE * float(np.clip(hypothesis.match_score, 0, 1))
             T_cam_obj = T_cam_ctr @ query.bank.T_ctr_obj
-            return _object_pose(query, hypothesis, T_cam_obj, confidence, np.diag(sigma**2), None)
+            # The affine places the centre; where the mesh's origin is depends on the rotation too.
+            covariance = move_covariance(covariance, T_cam_obj[:3, 3] - centre)
+            return _object_pose(query, hypothesis, T_cam_obj, confidence, covariance, None)
         return None
 
 

@@ -8,7 +8,12 @@ from scipy.spatial.transform import Rotation
 
 from picopose_ros.evaluation.consistency import consistency
 from picopose_ros.geometry.correspondences import Correspondences
-from picopose_ros.geometry.covariance import move_covariance, pose_error, rotate_covariance
+from picopose_ros.geometry.covariance import (
+    move_covariance,
+    pose_error,
+    ray_covariance,
+    rotate_covariance,
+)
 from picopose_ros.geometry.pnp import pose_covariance, solve_pose
 from picopose_ros.geometry.poses import invert_transform, make_transform
 from picopose_ros.templates.meshes import Symmetries
@@ -157,6 +162,22 @@ def test_another_origin_and_another_frame_stay_honest() -> None:
     assert found.pose.factor == pytest.approx(1.0, abs=0.08)
     back = move_covariance(seen[0], -arms[0])
     np.testing.assert_allclose(rotate_covariance(back, T_base_cam[:3, :3].T), covariances[0], atol=1e-12)
+
+
+def test_a_point_on_a_ray_is_uncertain_along_it() -> None:
+    """2 mm across, 10 % of the distance along, 0.1 rad about every axis: far off the camera's axis too."""
+    rng = np.random.default_rng(6)
+    estimate = random_poses(rng, 1)[0]
+    point = estimate[:3, 3] = np.array([0.4, -0.3, 0.8])
+    ray = point / np.linalg.norm(point)
+    across = rng.normal(0, 0.002, (3000, 3))
+    errors = rng.normal(0, 0.1, (3000, 6))
+    errors[:, :3] = across - (across @ ray)[:, None] * ray + rng.normal(0, 0.1, (3000, 1)) * point
+    covariance = ray_covariance(point, 0.002, 0.1, 0.1)
+    poses = np.repeat(estimate[None], 3000, 0)
+    found = consistency(poses, np.repeat(covariance[None], 3000, 0), moved(poses, errors))
+    assert found.pose.inside == pytest.approx(0.95, abs=0.015)
+    assert found.pose.factor == pytest.approx(1.0, abs=0.07)
 
 
 # PnP's covariance.

@@ -36,3 +36,18 @@ def rotate_covariance(covariance: np.ndarray, R_new_old: np.ndarray) -> np.ndarr
     turn = np.zeros((6, 6))
     turn[:3, :3] = turn[3:, 3:] = R_new_old
     return turn @ covariance @ turn.T
+
+
+def ray_covariance(point: np.ndarray, across: float, along: float, rotation: float) -> np.ndarray:
+    """Covariance (6, 6) of a pose whose origin is seen well in the image and badly in depth.
+
+    Args:
+        point: (3,) the origin in the camera's frame, m.
+        across: standard deviation across the ray to it, m. along: along the ray, as a share of the distance.
+        rotation: standard deviation about every axis, rad.
+    """
+    point = np.asarray(point, np.float64)
+    depth = np.outer(point, point)
+    covariance = np.diag([0.0, 0.0, 0.0] + 3 * [rotation**2])
+    covariance[:3, :3] = across**2 * (np.eye(3) - depth / (point @ point)) + along**2 * depth
+    return covariance
