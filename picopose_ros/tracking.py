@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _STILL = 0.03
 _SPEED = 0.5
 
+_DEPTH_WEIGHT = 0.3
+"""What a metre along the camera's ray counts against one across it; depths are wrong more often."""
+
 _ROTATION_WEIGHT = 0.25
 """What the largest rotation counts against the largest distance; rotations are wrong more often."""
 
@@ -73,7 +76,8 @@ class InstanceTracker:
 
     Args:
         timeout: seconds an instance may be missing.
-        max_distance: farthest (m) that an instance is found again after one or more frames.
+        max_distance: farthest (m) that an instance is found again after one or more frames; along the
+            camera's ray three times as far, because depth is the least certain.
         max_rotation_deg: rotations this large or larger count as equally different. None excludes a pair:
             a pose that is upside down by mistake is still of the same object.
         smoothing: None for none.
@@ -185,7 +189,7 @@ class InstanceTracker:
             usual[:, j] = _STILL + _SPEED * abs(stamp - track.stamp)
             for i, row in enumerate(rows):
                 T = group.nearest(poses[row].T_cam_obj, seen[:3, :3])
-                distance[i, j] = np.linalg.norm(_point(T, poses[row].bbox_centre) - before)
+                distance[i, j] = _distance(_point(T, poses[row].bbox_centre), before)
                 rotation[i, j] = rotation_angle_deg(T[:3, :3], seen[:3, :3])
         turned = _ROTATION_WEIGHT * np.minimum(rotation / self.max_rotation_deg, 1.0) ** 2
         free_rows, free_tracks = np.arange(shape[0]), np.arange(shape[1])
@@ -243,6 +247,13 @@ class InstanceTracker:
 
 def _point(T: np.ndarray, point: np.ndarray) -> np.ndarray:
     return T[:3, :3] @ point + T[:3, 3]
+
+
+def _distance(point: np.ndarray, before: np.ndarray) -> float:
+    """Metres between two points before a camera, with what one can't see well counting less."""
+    ray = before / np.linalg.norm(before)
+    along = (point - before) @ ray
+    return float(np.hypot(np.linalg.norm(point - before - along * ray), _DEPTH_WEIGHT * along))
 
 
 def _in_this_camera(track: _Track, T_fixed_cam: np.ndarray | None) -> np.ndarray:

@@ -117,8 +117,14 @@ def test_farther_than_max_distance_is_another_instance() -> None:
     tracker = InstanceTracker(max_distance=0.3)
     tracker.update(0.0, [pose("cup")])
     assert names(tracker.update(0.1, [pose("cup", 0.29)])) == ["cup_0"]
-    assert names(tracker.update(0.2, [pose("cup", -0.02)])) == ["cup_1"]
-    assert names(tracker.update(0.3, [pose("bowl", -0.02)])) == ["bowl_0"]
+    assert names(tracker.update(0.2, [pose("cup", -0.1)])) == ["cup_1"]
+    assert names(tracker.update(0.3, [pose("bowl", -0.1)])) == ["bowl_0"]
+
+
+def test_a_depth_that_is_wrong_for_a_frame_is_still_of_the_same_object() -> None:
+    tracker = InstanceTracker(max_distance=0.3)
+    tracker.update(0.0, [pose("cup", 0.2), pose("cup", 0.4)])
+    assert names(tracker.update(0.1, [pose("cup", 0.28, z=1.4), pose("cup", 0.4)])) == ["cup_0", "cup_1"]
 
 
 def test_retired_after_the_timeout_and_only_then_named_again() -> None:

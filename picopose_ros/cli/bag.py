@@ -7,7 +7,7 @@ import bisect
 import heapq
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 from picopose_ros.images import image_to_rgb
-from picopose_ros.instances import InstanceNamer
+from picopose_ros.templates.meshes import Symmetries, discover_objects
+from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 _MOST_WARNINGS = 5
 
@@ -53,6 +54,7 @@ def process_bag(
     tf_prefix: str = "",
     storage: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    symmetries: Mapping[str, Symmetries] | None = None,
 ) -> BagReport:
     """Estimate the poses of every segmentation in a recording and write them beside everything that was in
     it.
@@ -71,6 +73,7 @@ def process_bag(
         tf_prefix: put before the instance's name to make its TF frame.
         storage: "mcap" or "sqlite3"; the source's by default.
         progress: called as ``progress(done, segmentations)``.
+        symmetries: by class id; of equivalent poses the one nearest to the frame before is written.
 
     Raises:
         BagError: the recording can't be read, has no such topic, or the target can't be written.
@@ -88,7 +91,7 @@ def process_bag(
         }
         cameras = _Cameras(reader, camera_info_topic, is_rectified_topic(image_topic))
         total = len(segmentations)
-        namer = InstanceNamer()
+        tracker = InstanceTracker(symmetries=symmetries)
         with bags.BagWriter(target, storage or reader.storage) as writer:
             for connection in reader.connections:
                 writer.add_like(connection)
@@ -115,12 +118,9 @@ def process_bag(
                     report.add_problem("bad camera_info", str(error))
                     continue
                 if result is not None:
-                    names = namer.assign(
-                        [pose.class_id for pose in result.poses],
-                        [pose.T_cam_obj[:3, 3] for pose in result.poses],
-                    )
+                    tracked = tracker.update(1e-9 * stamp, result.poses)
                     for order, (topic, kind, message) in enumerate(
-                        _messages(result, names, image.header, detections_topic, tf_prefix)
+                        _messages(tracked, image.header, detections_topic, tf_prefix)
                     ):
                         heapq.heappush(answers, (when, 2 * stamp + order, topic, kind, message))
                 if progress is not None:
@@ -193,23 +193,23 @@ def _answer(
 
 
 def _messages(
-    result: EstimateResult, names: list[str], head: Any, detections_topic: str, tf_prefix: str
+    tracked: Sequence[TrackedPose], head: Any, detections_topic: str, tf_prefix: str
 ) -> list[tuple[str, str, Any]]:
     """The answers to one image as (topic, type, message)."""
     stamp = head.stamp.sec * 1_000_000_000 + head.stamp.nanosec
     head = bags.header(stamp, head.frame_id)  # of this package's types, whatever the recording's are
     detections = [
         bags.detection_message(
-            pose.class_id,
-            name,
-            pose.confidence,
-            pose.T_cam_obj,
-            pose.covariance,
-            pose.bbox_centre,
-            pose.bbox_size,
+            one.pose.class_id,
+            one.name,
+            one.pose.confidence,
+            one.pose.T_cam_obj,
+            one.pose.covariance,
+            one.pose.bbox_centre,
+            one.pose.bbox_size,
             head,
         )
-        for pose, name in zip(result.poses, names, strict=True)
+        for one in tracked
     ]
     messages = [
         (
@@ -218,10 +218,9 @@ def _messages(
             bags.message(bags.DETECTIONS, header=head, detections=detections),
         )
     ]
-    if result.poses:
+    if tracked:
         transforms = [
-            bags.transform_message(pose.T_cam_obj, head, tf_prefix + name)
-            for pose, name in zip(result.poses, names, strict=True)
+            bags.transform_message(one.pose.T_cam_obj, head, tf_prefix + one.name) for one in tracked
         ]
         messages.append(("/tf", bags.TF, bags.message(bags.TF, transforms=transforms)))
     return messages
@@ -277,6 +276,7 @@ def run(args: argparse.Namespace) -> int:
             args.tf_prefix,
             args.storage,
             show,
+            {spec.class_id: spec.symmetries for spec in discover_objects(args.meshes, args.unit)},
         )
     print(f"{args.target}: {report.poses} poses in {report.frames} frames")
     if report.frames:
