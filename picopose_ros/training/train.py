@@ -62,6 +62,7 @@ def train(config: TrainConfig, until: int | None = None) -> Trainer:
         CheckpointError: the folder holds a run of another architecture, or one that is damaged.
         PicoPoseError: no pool, a full disk, or losses that stay non-finite.
     """
+    cv2.setNumThreads(1)  # a loader forked from a process with OpenCV's threads hangs
     trainer = Trainer(config)
     with contextlib.ExitStack() as stack:
         if trainer.rank == 0:
