@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -82,7 +84,10 @@ def test_honest_covariances_are_found_honest(honest: tuple[np.ndarray, np.ndarra
         assert share.factor_at_half == pytest.approx(1.0, abs=0.06)
     np.testing.assert_allclose(found.spread, 1.0, atol=0.06)
     np.testing.assert_allclose(found.bias, 0.0, atol=0.06)
-    assert "95 % ellipsoid" in found.lines()[1]
+    assert "of the errors inside the 95 % ellipsoid" in found.lines()[1]
+    written = json.loads(json.dumps(found.as_dict()))
+    assert written["pose"]["inside"] == found.pose.inside
+    assert written["spread"]["rotation z"] == found.spread[5]
 
 
 def test_the_factor_mends_what_is_too_small(honest: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

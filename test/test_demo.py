@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,15 @@ import pytest
 
 from picopose_ros import bags
 from picopose_ros.demo import world as world_module
-from picopose_ros.demo.evaluate import Detected, Recording, class_of, compare, read_recording, table
+from picopose_ros.demo.evaluate import (
+    Detected,
+    Recording,
+    class_of,
+    compare,
+    honesty,
+    read_recording,
+    table,
+)
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
 from picopose_ros.demo.world import (
@@ -198,6 +207,24 @@ def test_wrong_and_missing_poses_cost_recall(truth: Recording, meshes: dict[str,
     assert rows["cereal_box"].recall == pytest.approx(2 / 3)
 
 
+def test_covariances_are_held_against_the_truth(truth: Recording, meshes: dict[str, ObjectMesh]) -> None:
+    """Answers of 2 cm too far: within covariances of 2 cm, far outside of those of 2 mm."""
+    assert honesty(with_truth_as_answer(truth), meshes) is None, "there are no covariances"
+    for sigma, inside in ((0.02, 1.0), (0.002, 0.0)):
+        answers = with_truth_as_answer(truth)
+        for stamp, found in answers.detections.items():
+            farther = np.eye(4)
+            farther[2, 3] = 0.02
+            covariance = np.diag(np.array([sigma, sigma, sigma, 0.1, 0.1, 0.1]) ** 2)
+            answers.detections[stamp] = [
+                replace(d, T_cam_obj=farther @ d.T_cam_obj, covariance=covariance) for d in found
+            ]
+        found = honesty(answers, meshes)
+        assert found.count == 7 * FRAMES and found.gross == 0
+        assert found.position.inside == inside
+        assert found.bias[2] == pytest.approx(-0.02 / sigma, rel=1e-6)
+
+
 def test_pictures_show_the_outlines(
     files: DemoFiles, truth: Recording, meshes: dict[str, ObjectMesh], tmp_path: Path
 ) -> None:
@@ -223,6 +250,7 @@ def test_the_whole_path_over_dds(files: DemoFiles, folder: Path) -> None:
 
     report = json.loads((folder / "report.json").read_text())
     assert report["frames_answered"] == FRAMES
+    assert report["covariance"]["count"] > 0 and "covariances: " in done.stdout
     assert {"encode", "match", "regress", "pnp", "total"} <= set(report["latency_ms"])
     recording = read_recording(folder / "output")
     assert sorted(recording.detections) == sorted(recording.truth)

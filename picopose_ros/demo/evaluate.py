@@ -12,6 +12,7 @@ import numpy as np
 from picopose_ros import bags
 from picopose_ros.demo.world import TRUTH_PREFIX
 from picopose_ros.errors import BagError
+from picopose_ros.evaluation.consistency import Consistency, consistency
 from picopose_ros.evaluation.metrics import PoseErrors, match_by_position, pose_errors
 from picopose_ros.templates.meshes import ObjectMesh
 
@@ -28,6 +29,7 @@ class Detected:
     name: str  # of the instance
     score: float
     T_cam_obj: np.ndarray  # (4, 4)
+    covariance: np.ndarray | None = None  # (6, 6) in ROS's order
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def read_recording(path: str | Path, detections_topic: str = "/detections") -> R
                     bags.matrix_from(
                         detection.results[0].pose.pose.position, detection.results[0].pose.pose.orientation
                     ),
+                    np.asarray(detection.results[0].pose.covariance, np.float64).reshape(6, 6),
                 )
                 for detection in message.detections
             ]
@@ -167,6 +170,40 @@ def compare(
                 total.errors += tally.errors
         rows.append(total.row(title))
     return rows
+
+
+def honesty(
+    recording: Recording,
+    meshes: Mapping[str, ObjectMesh],
+    visible: Sequence[Mapping[str, float]] | None = None,
+) -> Consistency | None:
+    """Whether the poses are as uncertain as their covariances say; None where nothing can be compared.
+
+    Arguments as for :func:`compare`. Poses that are altogether wrong are left out and counted.
+    """
+    estimates, covariances, truths, symmetries = [], [], [], []
+    for index, (stamp, truth) in enumerate(sorted(recording.truth.items())):
+        for class_id, mesh in meshes.items():
+            names = [
+                name
+                for name in truth
+                if class_of(name) == class_id
+                and (visible is None or visible[index].get(name, 0.0) >= LEAST_VISIBLE)
+            ]
+            found = [d for d in recording.detections.get(stamp, []) if d.class_id == class_id]
+            matched = match_by_position([d.T_cam_obj for d in found], [truth[name] for name in names])
+            for name, k in zip(names, matched, strict=True):
+                if k is not None and found[k].covariance is not None:
+                    estimates.append(found[k].T_cam_obj)
+                    covariances.append(found[k].covariance)
+                    truths.append(truth[name])
+                    symmetries.append(mesh.spec.symmetries)
+    if not estimates:
+        return None
+    try:
+        return consistency(np.stack(estimates), np.stack(covariances), np.stack(truths), symmetries)
+    except ValueError:  # all of them are altogether wrong
+        return None
 
 
 def _surface_points(mesh: ObjectMesh) -> np.ndarray:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros import bags
-from picopose_ros.demo.evaluate import Row, compare, read_recording, table
+from picopose_ros.demo.evaluate import Row, compare, honesty, read_recording, table
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
 from picopose_ros.demo.world import (
@@ -39,6 +39,7 @@ from picopose_ros.demo.world import (
     build_world,
 )
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.evaluation.consistency import Consistency
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 
 DETECTIONS_TOPIC = "/detections"
@@ -58,6 +59,7 @@ class DemoReport:
     latency: dict[str, str]  # stage -> "median .., p95 .." in ms, as the node says it
     onboarding_seconds: float
     playing_seconds: float
+    honesty: Consistency | None = None  # true errors against the covariances
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +71,7 @@ class DemoReport:
             "latency_ms": self.latency,
             "onboarding_seconds": round(self.onboarding_seconds, 1),
             "playing_seconds": round(self.playing_seconds, 1),
+            "covariance": None if self.honesty is None else self.honesty.as_dict(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
 
@@ -275,7 +278,14 @@ def run_demo(
     )
     transforms = sum(len(names) for names in recording.transforms.values())
     report = DemoReport(
-        rows, frames, len(recording.detections), transforms, collector.latency, onboarding, playing
+        rows,
+        frames,
+        len(recording.detections),
+        transforms,
+        collector.latency,
+        onboarding,
+        playing,
+        honesty(recording, meshes, files.visible),
     )
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=2))
     pictures = write_pictures(output, recording, meshes, out / "pictures", IMAGE_TOPIC, CAMERA)
@@ -284,5 +294,7 @@ def run_demo(
     print(f"{report.answered} of {frames} frames answered, {transforms} transforms on /tf")
     for stage, text in report.latency.items():
         print(f"  {stage:<10} {text} ms")
+    if report.honesty is not None:
+        print(f"covariances: {report.honesty.pose}")
     print(f"report: {out / 'report.json'}\npictures: {pictures[-1]}\nbag: {output}")
     return report

@@ -8,7 +8,8 @@ the errors do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import chi2
@@ -39,6 +40,12 @@ class Share:
     factor: float
     factor_at_half: float
 
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.inside:.1f} % of the errors inside the 95 % ellipsoid; times {self.factor:.3g} it "
+            f"would be 95 % (times {self.factor_at_half:.3g} by the median)"
+        )
+
 
 @dataclass(frozen=True)
 class Consistency:
@@ -59,16 +66,20 @@ class Consistency:
     spread: np.ndarray
     bias: np.ndarray
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = asdict(self)
+        for name in ("spread", "bias"):
+            values[name] = dict(zip(AXES, getattr(self, name).tolist(), strict=True))
+        return values
+
     def lines(self) -> list[str]:
         """For people to read."""
         rows = [
             f"{self.count} poses, {self.gross} more left out (rotation off by over {GROSS_DEG:g} degrees)"
         ]
         for name, share in (("pose", self.pose), ("position", self.position), ("rotation", self.rotation)):
-            rows.append(
-                f"{name:10} {100 * share.inside:5.1f} % inside the 95 % ellipsoid; covariance times "
-                f"{share.factor:.3g} would make it 95 % (times {share.factor_at_half:.3g} by the median)"
-            )
+            rows.append(f"{name:10} {share}")
         for name, spread, bias in zip(AXES, self.spread, self.bias, strict=True):
             rows.append(f"{name:10} errors of {spread:.2f} standard deviations, median {bias:+.2f}")
         return rows
