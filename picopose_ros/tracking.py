@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,8 +68,9 @@ class InstanceTracker:
     Poses and instances of one class are paired by the distance of the object's centre and, where that leaves
     a choice, by the rotation modulo symmetry; the sum over all pairs is least (Hungarian method). Instances
     that hardly moved are paired first, so that an object stays what it is while others come and go; then the
-    rest, up to ``max_distance``. A pose without an instance begins a new one with the smallest free number.
-    An instance that is missing longer than ``timeout`` is retired, and only then is its name free.
+    rest, up to ``max_distance``. A pose without an instance begins a new one. An instance that is missing
+    longer than ``timeout`` is retired, and only then is its name free: for what turns up where it was last
+    seen, else for whatever comes, the smallest number first.
 
     Stamps are seconds of the images' clock. What is answered late (a stamp before the newest) is named, but
     moves nothing. A stamp more than ``timeout`` before the newest is a clock that was set back: all starts
@@ -102,6 +104,7 @@ class InstanceTracker:
         self.settings = smoothing or SmoothingSettings()
         self._groups: dict[str, SymmetryGroup] = {}
         self._tracks: list[_Track] = []
+        self._ghosts: dict[str, _Track] = {}  # what had a name before, where it was last seen
         self._retired: list[str] = []
         self._newest = -np.inf
         self.set_symmetries(symmetries or {})
@@ -133,29 +136,38 @@ class InstanceTracker:
             self.clear()
         late = stamp < self._newest
         self._newest = max(self._newest, stamp)
-        found: dict[int, _Track] = {}
-        for class_id in dict.fromkeys(pose.class_id for pose in poses):
-            rows = [row for row, pose in enumerate(poses) if pose.class_id == class_id]
-            tracks = [track for track in self._tracks if track.class_id == class_id]
-            found |= self._associate(stamp, poses, rows, tracks, T_fixed_cam)
-        kept = {id(track) for track in found.values()}
-        self.expire(self._newest, keep=kept)
-        return [
-            self._follow(found[row], stamp, pose, T_fixed_cam, late)
-            if row in found
-            else self._begin(stamp, pose, T_fixed_cam)
-            for row, pose in enumerate(poses)
-        ]
+        found = self._associate(stamp, poses, range(len(poses)), self._tracks, T_fixed_cam)
+        self.expire(self._newest, keep=[track.name for track in found.values()])
+        new = [row for row in range(len(poses)) if row not in found]
+        taken = set(self.names)
+        free = [ghost for ghost in self._ghosts.values() if ghost.name not in taken]
+        again = self._associate(stamp, poses, new, free, T_fixed_cam)
+        taken |= {ghost.name for ghost in again.values()}
+        tracked: dict[int, TrackedPose] = {}
+        for row in (*again, *(row for row in new if row not in again)):
+            if row in again:
+                number = again[row].number
+            else:
+                number = next(n for n in count() if f"{poses[row].class_id}_{n}" not in taken)
+            tracked[row] = self._begin(number, stamp, poses[row], T_fixed_cam, again.get(row))
+            taken.add(tracked[row].name)
+        for row, track in found.items():
+            tracked[row] = self._follow(track, stamp, poses[row], T_fixed_cam, late)
+        return [tracked[row] for row in range(len(poses))]
 
-    def expire(self, stamp: float, keep: Iterable[int] = ()) -> None:
+    def expire(self, stamp: float, keep: Iterable[str] = ()) -> None:
         """Retire the instances that were last seen more than the timeout before ``stamp``.
 
         Every update does so; for when no frames come.
+
+        Args:
+            stamp: seconds. keep: names that are not retired.
         """
         kept = set(keep)
-        gone = [t for t in self._tracks if stamp - t.stamp > self.timeout and id(t) not in kept]
+        gone = [t for t in self._tracks if stamp - t.stamp > self.timeout and t.name not in kept]
         self._tracks = [track for track in self._tracks if track not in gone]
         self._retired += [track.name for track in gone]
+        self._ghosts |= {track.name: track for track in gone}
 
     def retired(self) -> list[str]:
         """Names retired since the last call. One of them may belong to a new instance already."""
@@ -166,20 +178,35 @@ class InstanceTracker:
         """Retire all: the clock was set back, or the node was deactivated."""
         self._retired += self.names
         self._tracks = []
+        self._ghosts = {}
         self._newest = -np.inf
 
     def _associate(
         self,
         stamp: float,
         poses: Sequence[ObjectPose],
-        rows: list[int],
-        tracks: list[_Track],
+        rows: Sequence[int],
+        tracks: Sequence[_Track],
         T_fixed_cam: np.ndarray | None,
     ) -> dict[int, _Track]:
-        """Pairs of poses (by row) and instances of one class."""
+        """Pairs of poses, by their rows, and instances."""
         found: dict[int, _Track] = {}
-        if not tracks:
-            return found
+        for class_id in dict.fromkeys(poses[row].class_id for row in rows):
+            own = [row for row in rows if poses[row].class_id == class_id]
+            those = [track for track in tracks if track.class_id == class_id]
+            if those:
+                found |= self._associate_class(stamp, poses, own, those, T_fixed_cam)
+        return found
+
+    def _associate_class(
+        self,
+        stamp: float,
+        poses: Sequence[ObjectPose],
+        rows: Sequence[int],
+        tracks: Sequence[_Track],
+        T_fixed_cam: np.ndarray | None,
+    ) -> dict[int, _Track]:
+        found: dict[int, _Track] = {}
         shape = len(rows), len(tracks)
         distance, rotation, usual = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         group = self._groups.get(poses[rows[0]].class_id, _NO_SYMMETRY)
@@ -211,10 +238,20 @@ class InstanceTracker:
             free_tracks = np.setdiff1d(free_tracks, [j for _, j in pairs])
         return found
 
-    def _begin(self, stamp: float, pose: ObjectPose, T_fixed_cam: np.ndarray | None) -> TrackedPose:
-        taken = {track.number for track in self._tracks if track.class_id == pose.class_id}
-        number = next(n for n in range(len(taken) + 1) if n not in taken)
-        form = _with_form(pose, self._groups.get(pose.class_id, _NO_SYMMETRY).canonical(pose.T_cam_obj))
+    def _begin(
+        self,
+        number: int,
+        stamp: float,
+        pose: ObjectPose,
+        T_fixed_cam: np.ndarray | None,
+        before: _Track | None,
+    ) -> TrackedPose:
+        group = self._groups.get(pose.class_id, _NO_SYMMETRY)
+        if before is None:
+            T = group.canonical(pose.T_cam_obj)
+        else:
+            T = group.nearest(pose.T_cam_obj, _in_this_camera(before, T_fixed_cam)[:3, :3])
+        form = _with_form(pose, T)
         track = _Track(
             pose.class_id, number, np.asarray(pose.bbox_centre), stamp, form.T_cam_obj, T_fixed_cam
         )

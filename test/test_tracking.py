@@ -162,6 +162,30 @@ def test_expire_retires_where_no_frames_come() -> None:
     assert tracker.retired() == ["cup_0"]
 
 
+def test_what_comes_back_where_it_was_has_its_name_again() -> None:
+    """A stream so slow that all are retired between its frames doesn't mix up their names, nor their form."""
+    half = make_transform(np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
+    tracker = InstanceTracker(timeout=1.0, symmetries={"cup": Symmetries(discrete=(half,))})
+    places = {"cup_0": 0.0, "cup_1": 0.3, "cup_2": 0.6}
+    tracker.update(0.0, [pose("cup", x) for x in places.values()])
+    angle = 0.0
+    for step in range(1, 5):
+        tracker.expire(5.0 * step)
+        assert sorted(tracker.retired()) == list(places)
+        angle += 80.0  # in all more than a half turn: followed, not begun anew
+        order = ["cup_2", "cup_0", "cup_1"] if step % 2 else ["cup_1", "cup_2", "cup_0"]
+        seen = [pose("cup", places[name] + 0.01, R=turned(angle + 180 * step)) for name in order]
+        tracked = tracker.update(5.0 * step + 1, seen)
+        assert names(tracked) == order
+        for one in tracked:
+            assert one.new
+            assert rotation_angle_deg(one.pose.T_cam_obj[:3, :3], turned(angle)) < 1e-6
+    # Its name is free all the same: for who comes somewhere else, and then no longer for it.
+    tracker.expire(100.0)
+    assert names(tracker.update(101.0, [pose("cup", -2.0), pose("cup", 0.6)])) == ["cup_0", "cup_2"]
+    assert names(tracker.update(101.1, [pose("cup", -2.0), pose("cup", 0.6), pose("cup", 0.0)]))[2] == "cup_1"
+
+
 def test_clear_and_a_clock_set_back_start_anew() -> None:
     tracker = InstanceTracker(timeout=1.0)
     tracker.update(100.0, [pose("cup"), pose("cup", 0.5)])
