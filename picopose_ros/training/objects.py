@@ -461,7 +461,8 @@ def build_object(
 
     :param seed: any non-negative integer; see the module's text for what its range means.
     :param texture_size: side of the texture images in pixels.
-    :param unseen_shapes: draw from the shape families that training never sees; None: as the seed's range says.
+    :param unseen_shapes: draw from the shape families that training never sees; None: as the seed's range
+        says.
     :param unseen_textures: the same for the texture families.
     :raises ValueError: on a negative seed.
     """

@@ -44,8 +44,8 @@ _STATE = {
     "decay_start": int,
 }
 """What a state file holds at least. Later additions are optional: `config`, `skipped`."""
-_FREE = {"steps", "out", "device", "workers", "save_every", "validate_every", "validation_pool"}
-"""Keys of a config that may change within a run."""
+_FREE = {"steps", "decay", "out", "device", "workers", "save_every", "validate_every", "validation_pool"}
+"""Keys of a config that may change within a run; `resume` sees to it that a fall has not begun."""
 
 
 def _keep_freed_memory() -> None:
