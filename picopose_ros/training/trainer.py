@@ -160,7 +160,7 @@ class Trainer:
             return False
         begun, planned = state["decay_start"], state["steps"]
         start = self.config.decay_start
-        if planned != self.config.steps and state["step"] > min(begun, start):
+        if (planned, begun) != (self.config.steps, start) and state["step"] > min(begun, start):
             if not self.stable.exists() or start < begun:
                 raise CheckpointError(
                     f"{self.last} was planned for another number of steps and its learning rate is falling "
