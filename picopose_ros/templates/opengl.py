@@ -240,6 +240,10 @@ def make_renderer(antialias: bool) -> Any:
             self._smooth: _Framebuffer | None = None
             super().__init__(16, 16)
 
+        def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
+            # pyrender keeps nodes in a set: where two surfaces are equally near, addresses would decide.
+            return sorted(scene.mesh_nodes, key=lambda node: node.name or "")
+
         def _configure_main_framebuffer(self) -> None:
             size = (self.viewport_width, self.viewport_height)
             if self._plain is None or self._plain.size != size:

@@ -120,6 +120,7 @@ class MeshRenderer:
 
         nearest, farthest = np.inf, 0.0
         drawn: dict[int, int] = {}
+        order = 0
         for mesh, T_cam_obj in items:
             T_cam_obj = _checked(T_cam_obj, (4, 4), "T_cam_obj")
             for part in _parts(mesh):
@@ -129,7 +130,8 @@ class MeshRenderer:
                 radius = upload.radius * np.linalg.norm(T_cam_obj[:3, :3], axis=1).max()
                 nearest, farthest = min(nearest, z - radius), max(farthest, z + radius)
                 instance = drawn[id(part)] = drawn.get(id(part), 0) + 1
-                upload.place(self._scene, instance - 1, T_cam_obj)
+                upload.place(self._scene, instance - 1, T_cam_obj, order)
+                order += 1
         for key, upload in list(self._uploads.items()):
             if upload.dead:
                 upload.remove(self._scene)
@@ -199,13 +201,14 @@ class _Upload:
     def dead(self) -> bool:
         return self._part() is None
 
-    def place(self, scene: Any, instance: int, pose: np.ndarray) -> None:
+    def place(self, scene: Any, instance: int, pose: np.ndarray, order: int) -> None:
         if instance == len(self._nodes):
             self._nodes.append(self._pyrender.Node(mesh=self._mesh))
         if instance >= self._shown:
             scene.add_node(self._nodes[instance])
             self._shown += 1
         scene.set_pose(self._nodes[instance], pose)
+        self._nodes[instance].name = f"{order:06d}"  # the renderer draws by it
 
     def show(self, scene: Any, count: int) -> None:
         """Leave ``count`` instances in the picture. The first node stays in the scene: it holds the mesh."""
