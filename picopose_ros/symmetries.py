@@ -33,7 +33,7 @@ class SymmetryGroup:
     """
 
     def __init__(self, symmetries: Symmetries) -> None:
-        self._discrete = _completed(symmetries.discrete)
+        self._discrete = np.stack(_completed(symmetries.discrete))
         axes = symmetries.continuous
         self._axis = axes[0] if axes else None
         # A point that every rotation leaves where it is, where all of them are symmetries.
@@ -61,35 +61,32 @@ class SymmetryGroup:
         R = np.asarray(R_cam_obj, np.float64)[:3, :3]
         if self._sphere is not None:
             return make_transform(R, T[:3, 3] + (T[:3, :3] - R) @ self._sphere)
-        best, largest = T, -np.inf
-        for motion in self._discrete:
-            form = T @ (motion if self._axis is None else self._best_turn(T, motion, R) @ motion)
-            trace = float((form[:3, :3] * R).sum())
-            if trace > largest + _TIE:
-                best, largest = form, trace
-        return best
+        # Near is a large trace(R' T C D) = trace(C M), with D discrete, C a turn about the axis, M = D R' T.
+        M = self._discrete[:, :3, :3] @ (R.T @ T[:3, :3])
+        traces = np.trace(M, axis1=1, axis2=2)
+        if self._axis is None:
+            return T @ self._discrete[_first_of_largest(traces)]
+        # C = a a' + cos (1 - a a') + sin [a]x, so that the best angle has a closed form.
+        axis, offset = self._axis
+        cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+        along = axis @ M @ axis
+        cos, sin = traces - along, (cross * M.transpose(0, 2, 1)).sum((1, 2))
+        length = np.hypot(cos, sin)
+        best = _first_of_largest(along + length)
+        motion = self._discrete[best]
+        if length[best] < _TIE:  # every angle is as near
+            return T @ motion
+        outer = np.outer(axis, axis)
+        turn = outer + cos[best] / length[best] * (np.eye(3) - outer) + sin[best] / length[best] * cross
+        return T @ make_transform(turn, offset - turn @ offset) @ motion
 
     def canonical(self, T_cam_obj: np.ndarray) -> np.ndarray:
         """The equivalent pose to begin with: the same one, whichever of them ``T_cam_obj`` (4, 4) is."""
         return self.nearest(T_cam_obj, CANONICAL)
 
-    def _best_turn(self, T: np.ndarray, motion: np.ndarray, R: np.ndarray) -> np.ndarray:
-        """(4, 4) rotation C about the axis that brings ``T C motion`` nearest to a rotation R.
 
-        trace(R' T C D) = trace(C M) with M = D R' T and C = a a' + cos (1 - a a') + sin [a]x, so the best
-        angle has a closed form.
-        """
-        axis, offset = self._axis
-        cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-        M = motion[:3, :3] @ R.T @ T[:3, :3]
-        along = axis @ M @ axis
-        cos, sin = np.trace(M) - along, (cross * M.T).sum()
-        length = np.hypot(cos, sin)
-        if length < _TIE:  # every angle is as near
-            return np.eye(4)
-        outer = np.outer(axis, axis)
-        turn = outer + cos / length * (np.eye(3) - outer) + sin / length * cross
-        return make_transform(turn, offset - turn @ offset)
+def _first_of_largest(values: np.ndarray) -> int:
+    return int(np.argmax(values > values.max() - _TIE))
 
 
 def _completed(motions: Sequence[np.ndarray]) -> list[np.ndarray]:
