@@ -19,13 +19,20 @@ PACKAGE = "picopose_ros"
 TOPICS = {
     "image": "Images to look at (sensor_msgs/Image).",
     "camera_info": "Their intrinsics (sensor_msgs/CameraInfo).",
-    "segmentation": "Masks of the objects in them (picopose_ros/SegmentArray).",
+    "segmentation": "Masks of the objects in them (see segmentation_input).",
+    "labels": "Label images, where segmentation_input is detections (sensor_msgs/Image).",
 }
 PARAMETERS = {
     "mesh_dir": (str, "Folder with one mesh file, or one folder holding it, per object."),
     "weights": (str, "Checkpoint of the network."),
     "preset": (str, "Size of the network: tiny or vitl."),
     "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
+    "segmentation_input": (str, "What segmentation carries: segments, detections or mask."),
+    "mask_class": (str, "Class of the object in a mask."),
+    "image_transport": (str, "raw or compressed."),
+    "tf_prefix": (str, "Put before the instance's name to make its TF frame."),
+    "target_frame": (str, "Frame in which the poses are published too; needs tf2_ros."),
+    "autostart": (bool, "false: wait for `ros2 lifecycle set` instead of starting by itself."),
     "use_sim_time": (bool, "true: take the time from /clock, as with `ros2 bag play --clock`."),
 }
 

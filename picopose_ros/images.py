@@ -1,4 +1,5 @@
-"""``sensor_msgs/Image`` to NumPy. Needs no ROS: any object with the message's fields will do."""
+"""``sensor_msgs/Image`` and ``CompressedImage`` to NumPy. Needs no ROS: any object with the message's fields
+will do."""
 
 from __future__ import annotations
 
@@ -71,6 +72,39 @@ def image_to_rgb(message: Any, topic: str) -> np.ndarray:
     if encoding.startswith("bgr"):
         return pixels[:, :, 2::-1]
     return pixels[:, :, :3]
+
+
+def compressed_to_rgb(message: Any, topic: str) -> np.ndarray:
+    """Pixels of a CompressedImage message as RGB.
+
+    Args:
+        message: a ``sensor_msgs/CompressedImage``: JPEG, PNG or whatever else OpenCV reads. ``format`` isn't
+            needed, but that the pixels are a Bayer pattern is known only from it.
+        topic: where it came from, for the error messages.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ImageError: the data is no image, or one of depth.
+    """
+    if "compressedDepth" in message.format:
+        raise ImageError(f"image on {topic} has format '{message.format}': depth; give the colour image")
+    bayer = _BAYER_CODES.get(message.format.split(";")[0].strip())
+    data = np.frombuffer(message.data, dtype=np.uint8)
+    # As the camera saw it, whatever EXIF says: camera_info and masks know nothing of that.
+    flags = cv2.IMREAD_COLOR if bayer is None else cv2.IMREAD_GRAYSCALE
+    try:
+        pixels = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+        if pixels is not None:
+            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if bayer is None else bayer)
+        reason = "it is no whole image of a known kind"
+    except cv2.error as error:
+        reason = error.err or str(error)
+    raise ImageError(
+        f"compressed image on {topic} (format '{message.format}', {data.size} bytes) can't be decoded "
+        f"({reason}): check the camera driver or the transport"
+    )
 
 
 def _rows(message: Any, topic: str, bytes_per_pixel: int) -> np.ndarray:

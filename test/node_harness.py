@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rclpy
 import torch
 import trimesh
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
 from picopose_ros.msg import SegmentArray
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
@@ -37,11 +40,17 @@ from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
+if TYPE_CHECKING:
+    from picopose_ros.node.node import PicoPoseNode
+
 HEIGHT, WIDTH = 240, 320
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 CAMERA_FRAME = "camera_optical"
-DEADLINE = 120.0
+DEADLINE = float(os.environ.get("PICOPOSE_TEST_DEADLINE", "240"))
 """Seconds a condition may take on a loaded machine; never slept through."""
+
+QUICK = {"device": "cpu", "viewpoints": 42, "hypotheses": 1}
+"""Parameters of a node that is soon ready."""
 
 # Every test process its own part of the domains that are safe on Linux, every node test its own domain in it.
 _domains = itertools.count()
@@ -218,6 +227,29 @@ def running_node(folder: Path, domain: int, namespace: str, **parameters: object
             node.process.wait()
 
 
+@contextmanager
+def local_node(**parameters: object) -> Iterator[PicoPoseNode]:
+    """A node in this process that nobody spins: its transitions are triggered by the test."""
+    from picopose_ros.node.node import PicoPoseNode
+
+    context = Context()
+    rclpy.init(context=context, domain_id=next_domain())
+    values = {"autostart": False, "min_score": 0.0, **QUICK, **parameters}
+    overrides = [
+        Parameter(name, value=str(value) if isinstance(value, Path) else value)
+        for name, value in values.items()
+    ]
+    try:
+        node = PicoPoseNode(context=context, parameter_overrides=overrides)
+        try:
+            yield node
+        finally:
+            assert node.close(DEADLINE)
+            node.destroy_node()
+    finally:
+        context.shutdown()
+
+
 # The client.
 
 
@@ -239,7 +271,8 @@ class Client:
         self._changed = threading.Condition()
         self._detections: dict[int, Detection3DArray] = {}
         self._transforms: dict[int, list] = {}
-        self.diagnostics: dict[str, DiagnosticArray] = {}
+        self.diagnostics: dict[str, DiagnosticStatus] = {}
+        self.diagnostic_stamp = 0
 
         camera_qos = QoSProfile(depth=10, reliability=image_reliability)
         self.image = self.node.create_publisher(Image, "image", camera_qos)
@@ -248,7 +281,7 @@ class Client:
         self.node.create_subscription(Detection3DArray, "detections", self._on_detections, 50)
         self.node.create_subscription(TFMessage, "/tf", self._on_tf, 100)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        self._set_parameters = self.node.create_client(SetParameters, "picopose_node/set_parameters")
+        self._clients: dict[str, Any] = {}
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
         self._thread = threading.Thread(target=self._spin, daemon=True)
@@ -281,6 +314,7 @@ class Client:
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         with self._changed:
+            self.diagnostic_stamp = stamp_to_nanoseconds(message.header.stamp)
             for status in message.status:
                 self.diagnostics[status.name] = status
             self._changed.notify_all()
@@ -381,11 +415,41 @@ class Client:
 
         return self.wait_for(values, what)
 
+    def call(self, service: str, kind: type, request: object = None, timeout: float = DEADLINE) -> Any:
+        """The response of one of the node's services."""
+        return self.start_call(service, kind, request, timeout)(timeout)
+
+    def start_call(
+        self, service: str, kind: type, request: object = None, timeout: float = DEADLINE
+    ) -> Callable[..., Any]:
+        """Send a request; what comes back waits for the response."""
+        if service not in self._clients:
+            self._clients[service] = self.node.create_client(kind, f"picopose_node/{service}")
+        self.wait_for(self._clients[service].service_is_ready, f"the service {service}", timeout)
+        future = self._clients[service].call_async(kind.Request() if request is None else request)
+
+        def response(timeout: float = DEADLINE) -> Any:
+            self.wait_for(future.done, f"the answer of the service {service}", timeout)
+            return future.result()
+
+        return response
+
     def set_parameter(self, name: str, value: object) -> tuple[bool, str]:
         """Whether the node took the value, and its reason if not."""
-        self.wait_for(self._set_parameters.service_is_ready, "the parameter service")
         request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
-        future = self._set_parameters.call_async(request)
-        self.wait_for(future.done, "the answer of the parameter service")
-        result = future.result().results[0]
+        result = self.call("set_parameters", SetParameters, request).results[0]
         return result.successful, result.reason
+
+    def state(self) -> str:
+        """Label of the node's state."""
+        return self.call("get_state", GetState).current_state.label
+
+    def start_transition(self, label: str) -> Callable[..., bool]:
+        """Ask for a transition; what comes back waits for it and says whether it was made."""
+        request = ChangeState.Request(transition=Transition(label=label))
+        response = self.start_call("change_state", ChangeState, request)
+        return lambda: response().success
+
+    def transition(self, label: str) -> bool:
+        """Make a transition; whether it was made."""
+        return self.start_transition(label)()

@@ -103,8 +103,10 @@ def start(module: types.ModuleType, **given: str) -> tuple[dict[str, Any], dict[
 def test_every_argument_is_declared_and_described(launch_file: types.ModuleType) -> None:
     declared = [a for a in launch_file.generate_launch_description() if isinstance(a, DeclareLaunchArgument)]
     assert {a.args[0] for a in declared} == {
-        "mesh_dir", "weights", "preset", "device", "namespace", "image", "camera_info", "segmentation",
-        "params_file", "use_sim_time", "rviz",
+        "mesh_dir", "weights", "preset", "device", "namespace",
+        "image", "camera_info", "segmentation", "labels",
+        "params_file", "use_sim_time", "rviz", "segmentation_input", "mask_class", "image_transport",
+        "tf_prefix", "target_frame", "autostart",
     }  # fmt: skip
     for argument in declared:
         assert len(argument.kwargs["description"]) > 10, argument.args
@@ -156,7 +158,7 @@ def test_parameters_exist_in_the_node(launch_file: types.ModuleType) -> None:
 def test_topics_are_remapped_for_the_node_and_for_rviz(launch_file: types.ModuleType) -> None:
     topics = {"image": "/cam/image_raw", "camera_info": "/cam/camera_info", "segmentation": "/masks"}
     node, rviz = start(launch_file, **topics)
-    assert {inner: outer for inner, outer in node["remappings"]} == topics
+    assert {inner: outer for inner, outer in node["remappings"]} == {**topics, "labels": "labels"}
     assert node["remappings"] == rviz["remappings"]
 
 
@@ -166,5 +168,5 @@ def test_rviz_shows_what_the_node_takes_and_sends(launch_file: types.ModuleType)
     assert flag == "-d"
     displays = yaml.safe_load(Path(config).read_text())["Visualization Manager"]["Displays"]
     topics = {display["Topic"]["Value"] for display in displays if "Topic" in display}
-    assert topics == {"image", "detections"}
+    assert topics == {"image", "overlay", "markers", "detections"}
     assert "rviz_default_plugins/TF" in {display["Class"] for display in displays}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,7 @@ from node_harness import (
     camera_message,
     image_message,
     make_scene,
-    next_domain,
-    running_node,
     segments_message,
-    write_meshes,
-    write_weights,
 )
 from picopose_ros.msg import SegmentArray
 from sensor_msgs.msg import CameraInfo, Image
@@ -32,51 +28,17 @@ from picopose_ros.segmentation import Segment
 
 NAMESPACE = "/cell"
 BUFFER_IMAGES = 20
+NODE = {"buffer_seconds": 60.0, "buffer_images": BUFFER_IMAGES}
 REPEATS = 25
 LOG_INTERVAL = 10.0
 """Seconds in which a reason may be logged once."""
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("assets")
-    return {
-        "mesh_dir": write_meshes(folder / "meshes"),
-        "weights": write_weights(folder / "tiny.safetensors"),
-        "cache_dir": folder / "cache",
-    }
-
-
-@pytest.fixture(scope="module")
 def scene(assets: dict[str, Path]) -> Scene:
+    """One block."""
     scene = make_scene(assets["mesh_dir"])
     return Scene(scene.rgb, scene.segments[:1])
-
-
-@pytest.fixture(scope="module")
-def node(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    with running_node(
-        tmp_path_factory.mktemp("node"),
-        next_domain(),
-        NAMESPACE,
-        device="cpu",
-        viewpoints=42,
-        hypotheses=1,
-        buffer_seconds=60.0,
-        buffer_images=BUFFER_IMAGES,
-        **assets,
-    ) as process:
-        yield process
-        assert process.stop() == 0
-        assert "Traceback" not in process.log
-
-
-@pytest.fixture(scope="module")
-def client(node: NodeProcess) -> Iterator[Client]:
-    client = Client(node.domain, NAMESPACE)
-    client.wait_until_connected(node)
-    yield client
-    client.close()
 
 
 # Each sends one bad thing, from which no pose can come.
@@ -173,7 +135,8 @@ def image_never_came(client: Client, scene: Scene) -> None:
 
 
 BAD = {
-    "bad_camera_info": [zero_intrinsics, nan_intrinsics, camera_of_another_size],
+    "uncalibrated": [zero_intrinsics],
+    "bad_camera_info": [nan_intrinsics, camera_of_another_size],
     "bad_image": [unknown_encoding, truncated_image, image_without_pixels],
     "mask_size": [mask_of_another_size],
     "empty_mask": [empty_mask],
@@ -200,7 +163,7 @@ SAYS: dict[Sender, str] = {
 }
 
 UNPAIRED = ("no_image", "image_left_buffer", "no_camera_info")
-REJECTED = ("busy", "bad_image", "bad_camera_info", "mask_size")
+REJECTED = ("busy", "bad_image", "uncalibrated", "bad_camera_info", "mask_size")
 
 
 def total(values: dict[str, str], reasons: tuple[str, ...]) -> int:

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import pickle
 import signal
+import threading
+import time
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import rclpy
 from node_harness import (
+    DEADLINE,
+    QUICK,
     Client,
     NodeProcess,
     Scene,
     camera_message,
     image_message,
-    make_scene,
+    local_node,
     next_domain,
     running_node,
-    write_meshes,
-    write_weights,
 )
 from rclpy.context import Context
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
 from picopose_ros.model import PicoPose, preset, save_model
-from picopose_ros.node.parameters import PARAMETERS, declare_parameters
-
-
-@pytest.fixture(scope="module")
-def meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_meshes(tmp_path_factory.mktemp("meshes"))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def scene(meshes: Path) -> Scene:
-    return make_scene(meshes)
-
+from picopose_ros.node.parameters import (
+    PARAMETERS,
+    Changeable,
+    NodeParameters,
+    declare_parameters,
+    read_parameters,
+)
 
 # Parameters, on a node of this process.
 
 
-def declare(**values: object) -> object:
+def declare(**values: object) -> NodeParameters:
     context = Context()
     rclpy.init(context=context, domain_id=next_domain())
     try:
@@ -56,17 +53,29 @@ def declare(**values: object) -> object:
             context=context,
             parameter_overrides=[Parameter(name, value=value) for name, value in values.items()],
         )
-        return declare_parameters(node)
+        declare_parameters(node)
+        return read_parameters(node)
     finally:
         context.shutdown()
 
 
 def test_defaults_are_usable_once_there_is_a_mesh_dir() -> None:
     parameters = declare(mesh_dir="~/meshes")
+    parameters.check()
     assert parameters.mesh_dir == Path.home() / "meshes"
     assert parameters.weights is None
     assert parameters.cache_dir is None
     assert parameters.viewpoints == 162
+    assert not parameters.smoothing.enabled
+
+
+def test_the_configuration_is_told_with_what_is_not_the_default() -> None:
+    lines = declare(mesh_dir="/meshes", publish_tf=False).text().splitlines()
+    assert len(lines) == len(PARAMETERS)
+    assert [line for line in lines if line.endswith("(set)")] == [
+        "  mesh_dir: /meshes  (set)",
+        "  publish_tf: false  (set)",
+    ]
 
 
 def test_the_yaml_file_holds_every_parameter_with_its_default() -> None:
@@ -77,43 +86,67 @@ def test_the_yaml_file_holds_every_parameter_with_its_default() -> None:
     assert values == {spec.name: spec.default for spec in PARAMETERS}
 
 
+def test_every_parameter_says_what_it_is_and_when_it_may_be_set() -> None:
+    for spec in PARAMETERS:
+        descriptor = spec.descriptor()
+        assert len(descriptor.description) > 10, spec.name
+        assert spec.changeable.value in descriptor.additional_constraints, spec.name
+        assert descriptor.read_only == (spec.changeable is Changeable.AT_START), spec.name
+        number = not isinstance(spec.default, str | bool)
+        ranged = bool(descriptor.integer_range or descriptor.floating_point_range)
+        assert not number or ranged or spec.choices, spec.name
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({}, "mesh_dir is empty"),
-        ({"mesh_dir": "/m", "unit": "furlong"}, "unit is 'furlong': it must be one of m, mm, cm, in"),
-        ({"mesh_dir": "/m", "preset": "huge"}, "preset is 'huge'"),
-        ({"mesh_dir": "/m", "viewpoints": 100}, "viewpoints is 100: it must be one of 42, 162, 642"),
-        ({"mesh_dir": "/m", "hypotheses": 0}, "hypotheses"),
-        ({"mesh_dir": "/m", "min_score": 1.5}, "min_score"),
-        ({"mesh_dir": "/m", "buffer_seconds": "long"}, "buffer_seconds"),
-        ({"mesh_dir": "/m", "image_reliability": "perfect"}, "image_reliability is 'perfect'"),
+        ({"unit": "furlong"}, "unit is 'furlong': it must be one of m, mm, cm, in"),
+        ({"preset": "huge"}, "preset is 'huge'"),
+        ({"viewpoints": 100}, "viewpoints is 100: it must be one of 42, 162, 642"),
+        ({"hypotheses": 0}, "hypotheses"),
+        ({"min_score": 1.5}, "min_score"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"buffer_seconds": "long"}, "buffer_seconds"),
+        ({"image_reliability": "perfect"}, "image_reliability is 'perfect'"),
+        ({"segmentation_input": "colours"}, "it must be one of segments, detections, mask"),
+        ({"tf_prefix": "/left"}, "tf_prefix is '/left': TF frames have no leading slash"),
+        ({"target_frame": "/base"}, "target_frame is '/base'"),
     ],
 )
 def test_bad_values_name_the_parameter(values: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        declare(**values)
+        declare(mesh_dir="/m", **values)
 
 
-# Refusals of the whole node.
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({}, "mesh_dir is empty"),
+        ({"mesh_dir": "/m", "segmentation_input": "mask"}, "mask_class is empty"),
+    ],
+)
+def test_what_is_missing_is_named(values: dict[str, object], match: str) -> None:
+    parameters = declare(**values)
+    with pytest.raises(ConfigError, match=match):
+        parameters.check()
 
 
-def refused(folder: Path, **parameters: object) -> str:
-    """The log of a node that does not start."""
-    with running_node(
-        folder / "node", next_domain(), "/cell", device="cpu", viewpoints=42, **parameters
-    ) as node:
-        assert node.wait() == 1
-        assert "Traceback" not in node.log
-        assert "ready" not in node.log
-        assert node.log.count("[FATAL]") == 1
-        return node.log
+# Configurations that are refused, by a node of this process.
 
 
-def test_an_empty_mesh_dir_is_fatal(tmp_path: Path, weights: Path) -> None:
-    (tmp_path / "meshes").mkdir()
-    log = refused(tmp_path, mesh_dir=tmp_path / "meshes", weights=weights)
-    assert f"mesh directory {tmp_path / 'meshes'} holds no mesh" in log
+def refusal(**parameters: object) -> str:
+    """Why a node can't be configured; it must be unconfigured after that."""
+    with local_node(**parameters) as node:
+        assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+        assert node.state == "unconfigured"
+        assert node.failure.startswith("configure failed: ")
+        assert "Traceback" not in node.failure
+        return node.failure
+
+
+def test_an_empty_mesh_dir_is_refused(tmp_path: Path, assets: dict[str, Path]) -> None:
+    reason = refusal(**{**assets, "mesh_dir": tmp_path})
+    assert f"mesh directory {tmp_path} holds no mesh" in reason
 
 
 def truncated(weights: Path, path: Path) -> None:
@@ -137,45 +170,124 @@ def of_another_preset(_: Path, path: Path) -> None:
         (of_another_preset, "was made for preset 'vitl', not for 'tiny'"),
     ],
 )
-def test_weights_that_can_not_be_used_are_fatal(
-    tmp_path: Path, meshes: Path, weights: Path, spoil: Callable[[Path, Path], None], says: str
+def test_weights_that_can_not_be_used_are_refused(
+    tmp_path: Path, assets: dict[str, Path], spoil: Callable[[Path, Path], None], says: str
 ) -> None:
     bad = tmp_path / "bad.safetensors"
-    spoil(weights, bad)
-    log = refused(tmp_path, mesh_dir=meshes, weights=bad)
-    assert str(bad) in log
-    assert says in log
+    spoil(assets["weights"], bad)
+    reason = refusal(**{**assets, "weights": bad})
+    assert str(bad) in reason
+    assert says in reason
 
 
-def test_a_device_that_is_not_there_is_fatal(tmp_path: Path, meshes: Path, weights: Path) -> None:
-    with running_node(tmp_path / "node", next_domain(), "/cell", mesh_dir=meshes, device="warp:7") as node:
-        assert node.wait() == 1
-        assert "parameter device is 'warp:7'" in node.log
-        assert "Traceback" not in node.log
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"device": "warp:7"}, "parameter device is 'warp:7'"),
+        (
+            {"segmentation_input": "mask", "mask_class": "fork"},
+            "no object is called that; onboarded are 41, block, can, tin",
+        ),
+    ],
+)
+def test_configurations_that_can_not_work_are_refused(
+    assets: dict[str, Path], parameters: dict[str, object], says: str
+) -> None:
+    assert says in refusal(**{**assets, **parameters})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tf2_ros") is not None, reason="tf2_ros is installed here")
+def test_a_target_frame_without_tf2_ros_is_refused(assets: dict[str, Path]) -> None:
+    reason = refusal(**assets, target_frame="base_link")
+    assert "target_frame is 'base_link', but the Python package tf2_ros isn't installed here" in reason
+
+
+# What the life cycle does to a node of this process.
+
+
+def test_what_is_loaded_is_gone_after_cleanup_and_can_be_loaded_again(assets: dict[str, Path]) -> None:
+    with local_node(**assets) as node:
+        for _ in range(2):
+            assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            model = weakref.ref(node._engine._model)
+            bank = weakref.ref(node._engine.objects.banks["block"])
+            worker = node._worker
+            assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+            assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+            assert model() is not None and bank() is not None and worker.alive
+            assert node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+            assert node.state == "unconfigured"
+            gc.collect()
+            assert model() is None and bank() is None and not worker.alive
+
+
+@pytest.mark.parametrize(
+    "transitions", [[], ["configure"], ["configure", "activate"], ["configure", "shutdown"]]
+)
+def test_it_can_be_closed_in_every_state(assets: dict[str, Path], transitions: list[str]) -> None:
+    with local_node(**assets) as node:
+        for transition in transitions:
+            assert getattr(node, f"trigger_{transition}")() == TransitionCallbackReturn.SUCCESS
+        assert node.close(DEADLINE)
+        assert node.state == "finalized"
+
+
+def test_closing_interrupts_a_configuration(assets: dict[str, Path], tmp_path: Path) -> None:
+    with local_node(**{**assets, "cache_dir": tmp_path}) as node:  # nothing is onboarded
+        results: list[TransitionCallbackReturn] = []
+        thread = threading.Thread(target=lambda: results.append(node.trigger_configure()))
+        thread.start()
+        while node.state != "configuring" or node._worker is None:
+            assert thread.is_alive()
+            time.sleep(0.001)
+        assert node.close(DEADLINE)
+        thread.join(DEADLINE)
+        assert results == [TransitionCallbackReturn.FAILURE]
+        assert node.state == "finalized"
+
+
+def test_an_error_halfway_leaves_it_unconfigured_with_the_reason(
+    assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_node(**assets) as node:
+        node.trigger_configure()
+        node.trigger_activate()
+
+        def fail(_: float) -> None:
+            raise RuntimeError("the worker has gone astray")
+
+        worker = node._worker
+        monkeypatch.setattr(worker, "drain", fail)
+        assert node.trigger_deactivate() == TransitionCallbackReturn.ERROR
+        assert node.state == "unconfigured"
+        assert "the worker has gone astray" in node.failure
+        assert not worker.alive
+
+
+def test_a_qos_override_that_can_not_be_used_keeps_it_inactive(assets: dict[str, Path]) -> None:
+    override = {"qos_overrides./image.subscription.reliability": "perfect"}
+    with local_node(**assets, **override) as node:
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        assert node.trigger_activate() == TransitionCallbackReturn.FAILURE
+        assert node.state == "inactive"
+        assert "qos_overrides./image" in node.failure
+        assert node.count_subscribers("/camera_info") == 0
 
 
 # Stopping.
 
 
-def start(folder: Path, meshes: Path, weights: Path, domain: int) -> NodeProcess:
+def start(folder: Path, assets: dict[str, Path], domain: int) -> AbstractContextManager[NodeProcess]:
     return running_node(
-        folder / "node",
-        domain,
-        "/cell",
-        mesh_dir=meshes,
-        weights=weights,
-        cache_dir=folder / "cache",
-        device="cpu",
-        viewpoints=42,
-        hypotheses=1,
+        folder / "node", domain, "/cell", **QUICK, **{**assets, "cache_dir": folder / "cache"}
     )
 
 
 def test_no_camera_info_then_one_then_sigint_twice(
-    tmp_path: Path, meshes: Path, weights: Path, scene: Scene
+    tmp_path: Path, assets: dict[str, Path], scene: Scene
 ) -> None:
     domain = next_domain()
-    with start(tmp_path, meshes, weights, domain) as node:
+    with start(tmp_path, assets, domain) as node:
         client = Client(domain, "/cell")
         try:
             client.wait_until_connected(node)
@@ -184,7 +296,7 @@ def test_no_camera_info_then_one_then_sigint_twice(
                 client.image.publish(image_message(scene.rgb, stamp))
                 client.send_segments(scene.segments, stamp)
             values = client.diagnostic_values(
-                lambda v: "dropped_no_camera_info" in v, "the missing camera_info"
+                lambda v: int(v["dropped_no_camera_info"]), "the missing camera_info"
             )
             assert "no camera_info has come" in values["last_no_camera_info"]
             client.camera_info.publish(camera_message(stamp))
@@ -201,8 +313,8 @@ def test_no_camera_info_then_one_then_sigint_twice(
             client.close()
 
 
-def test_sigterm_while_loading_is_a_clean_stop(tmp_path: Path, meshes: Path, weights: Path) -> None:
-    with start(tmp_path, meshes, weights, next_domain()) as node:
+def test_sigterm_while_loading_is_a_clean_stop(tmp_path: Path, assets: dict[str, Path]) -> None:
+    with start(tmp_path, assets, next_domain()) as node:
         node.wait_for_log("loading tiny on cpu")
         node.process.send_signal(signal.SIGTERM)
         assert node.wait() == 0

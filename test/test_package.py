@@ -44,6 +44,7 @@ ROS = {
     "cv_bridge",
     "diagnostic_msgs",
     "geometry_msgs",
+    "lifecycle_msgs",
     "rcl_interfaces",
     "rclpy",
     "sensor_msgs",

@@ -131,6 +131,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while "picopose_node ready" not in log.read_text(errors="replace"):
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        if "picopose_node stays unconfigured" in tail:
+            raise PicoPoseError(f"picopose_node can't be configured; its log {log} ends:\n{tail}")
         if process.poll() is not None:
             raise PicoPoseError(
                 f"picopose_node ended with exit code {process.returncode}; its log {log} ends:\n{tail}"

@@ -1,9 +1,11 @@
 """The ROS 2 node: the only place that imports rclpy.
 
-``node.py`` wires rclpy to the rest; ``parameters.py`` declares what can be set; ``pairing.py`` finds the
-image of a segmentation; ``worker.py`` keeps inference off the executor; ``images.py`` and ``conversions.py``
-are pure functions between messages and NumPy; ``instances.py`` names what was found; ``drops.py`` and
-``diagnostics.py`` say why nothing was.
+``node.py`` is the managed node: life cycle, topics, publishing. ``parameters.py`` declares what can be set,
+``subscriptions.py`` makes topics whose QoS can be overridden, ``pairing.py`` finds the image of a
+segmentation, ``frames.py`` and ``masks.py`` read them, ``worker.py`` keeps the slow work off the executor,
+``engine.py`` does it with the objects of ``objects.py``. ``conversions.py`` and ``markers.py`` are pure
+functions between messages and NumPy, ``services.py`` answers who asks, ``transforms.py`` asks TF, and
+``drops.py`` and ``diagnostics.py`` say why something is missing. ``segments.py`` is a node of its own.
 """
 
 from __future__ import annotations

@@ -9,8 +9,11 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-STOP_SECONDS = 10.0
-"""How long the worker may take to finish what it has in hand."""
+STOP_SECONDS = 15.0
+"""How long a transition and the worker may take to finish what they have in hand."""
+
+THREADS = 6
+"""For the topics, a transition, the questions about it, either service, and what TF brings."""
 
 
 class StopRequest:
@@ -35,13 +38,13 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command line without the program's name; None takes the process's own.
 
     Returns:
-        0 after SIGINT or SIGTERM, 1 if the node could not start.
+        0 after SIGINT or SIGTERM, 1 if there is a parameter that the node can't have.
     """
     stop = StopRequest()
     stop.install()
     # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.
     import rclpy
-    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
     from rclpy.logging import get_logger
     from rclpy.signals import SignalHandlerOptions
 
@@ -59,29 +62,25 @@ def main(args: Sequence[str] | None = None) -> int:
         rclpy.shutdown()
         return 1
 
-    executor = SingleThreadedExecutor()
+    executor = MultiThreadedExecutor(THREADS)
     executor.add_node(node)
-    try:
-        while rclpy.ok() and not stop.requested and node.failure is None:
+    while rclpy.ok() and not stop.requested:
+        try:
             executor.spin_once(timeout_sec=0.2)
-    except ExternalShutdownException:
-        pass
-    failure = node.failure
-    if isinstance(failure, PicoPoseError):
-        node.get_logger().fatal(str(failure))
-    elif failure is not None:
-        node.get_logger().fatal("".join(traceback.format_exception(failure)))
+        except ExternalShutdownException:
+            break
+        except Exception as error:  # noqa: BLE001 (of rclpy's own callbacks; ours don't raise)
+            node.get_logger().error("".join(traceback.format_exception(error)))
     finished = node.close(STOP_SECONDS)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.try_shutdown()
-    code = 0 if failure is None else 1
     if not finished:
         # The worker is deep in native code; tearing the interpreter down under it would crash.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    return code
+        os._exit(0)
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown()
+    return 0
 
 
 if __name__ == "__main__":

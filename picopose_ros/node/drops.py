@@ -33,6 +33,7 @@ class DropReason(str, Enum):
     LOW_SCORE = "low_score"
     BAD_FRAME_ID = "bad_frame_id"
     NO_TRANSFORM = "no_transform"
+    NO_OVERLAY = "no_overlay"
     INTERNAL_ERROR = "internal_error"
 
 

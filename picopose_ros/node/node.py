@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import State
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
-from rclpy.qos import QoSProfile
-from sensor_msgs.msg import CameraInfo, Image
+from rclpy.parameter import Parameter
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 from tf2_msgs.msg import TFMessage
-from vision_msgs.msg import Detection3DArray
+from vision_msgs.msg import Detection2DArray, Detection3DArray
+from visualization_msgs.msg import MarkerArray
 
-from picopose_ros.errors import CameraError, ConfigError, ImageError, SegmentError
-from picopose_ros.estimator import ObjectPose, PoseEstimator
-from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.images import image_to_rgb
-from picopose_ros.instances import InstanceNamer
+from picopose_ros.errors import ConfigError, MeshError, PicoPoseError, RenderError
+from picopose_ros.estimator import ObjectPose
+from picopose_ros.geometry.cameras import is_rectified_topic
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.conversions import (
-    camera_from_message,
     detections_message,
-    segments_from_message,
+    image_from_rgb,
+    pose_in_frame,
     stamp_to_nanoseconds,
     transform_from_pose,
 )
-from picopose_ros.node.diagnostics import Latencies, NodeStatus, diagnostics_message
+from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message, memory_use
 from picopose_ros.node.drops import DropLog, DropReason
+from picopose_ros.node.engine import Engine
+from picopose_ros.node.frames import Frame, FrameRefused, ReadSegments, read_frame, segment_reader
 from picopose_ros.node.logs import RosLogHandler
-from picopose_ros.node.pairing import Pair, StampPairing, format_stamp
-from picopose_ros.node.parameters import declare_parameters
-from picopose_ros.node.subscriptions import InputSubscription
+from picopose_ros.node.markers import MeshResource, clearing_markers, marker_array, mesh_resources
+from picopose_ros.node.objects import ObjectSet
+from picopose_ros.node.pairing import HalfJoin, Pair, StampPairing, format_stamp
+from picopose_ros.node.parameters import (
+    NodeParameters,
+    declare_parameters,
+    judge_parameters,
+    read_parameters,
+)
+from picopose_ros.node.subscriptions import InputSubscription, OutputPublisher, reliability_is_given
+from picopose_ros.node.transforms import TargetFrame, TransformUnknown, require_tf2_ros
 from picopose_ros.node.worker import NewestWorker
-from picopose_ros.segmentation import Segment
+from picopose_ros.overlay import OverlayPainter
+from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 try:
     from tf2_ros import TransformBroadcaster
@@ -50,139 +62,434 @@ except ImportError:  # a plain machine has tf2_msgs, but no tf2_ros
 IMAGE_DEPTH = 10
 SEGMENTATION_DEPTH = 50
 HOUSEKEEPING_PERIOD = 0.1
-"""Seconds between looks at what waits too long; also how long after loading the node turns ready at most."""
+"""Seconds between looks at what waits too long."""
+
+DRAIN_SECONDS = 60.0
+"""How long a frame may be at work when the node is deactivated."""
+
+STOP_SECONDS = 10.0
+"""How long the worker may take to finish what it has in hand."""
 
 
 class LoadingInterrupted(Exception):
     """The node was asked to stop while it was loading."""
 
 
-class PicoPoseNode(Node):
+class PicoPoseNode(LifecycleNodeMixin, Node):
     """Subscribes image, camera_info and segmentation; publishes detections, TF and diagnostics.
 
-    Loading (weights, banks, warm-up) and inference happen on a worker thread, so the executor always answers.
-    The input subscriptions are made once loading is done: whoever sees them on the graph knows that the node
-    is ready.
-
-    Attributes:
-        failure: what ended the loading, or None.
+    A managed node: *configure* loads network and objects, *activate* subscribes and publishes, *deactivate*
+    ends that and lets the worker finish, *cleanup* frees the memory. Loading and inference happen on a worker
+    thread, and transitions and services on threads of their own, so it wants a multi-threaded executor.
+    Whoever sees the input subscriptions on the graph knows that the node is active.
 
     Raises:
         ConfigError: a parameter that can't be used.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("picopose_node", **kwargs)
-        self._settings = declare_parameters(self)
-        self.failure: Exception | None = None
-        self._state = "loading"
+        Node.__init__(self, "picopose_node", **kwargs)
+        self._log_handler = RosLogHandler(self.get_logger())
+        logging.getLogger("picopose_ros").addHandler(self._log_handler)
+        declare_parameters(self)
+        self._settings = read_parameters(self)
+        # A transition may last; meanwhile its progress is asked for.
+        LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
+        self.add_on_set_parameters_callback(lambda some: judge_parameters(some, self.state))
+        self.add_post_set_parameters_callback(self._on_parameters_set)
+
+        self._failure = ""
         self._progress = ""
-        logging.getLogger("picopose_ros").addHandler(RosLogHandler(self.get_logger()))
-        self._device = _resolve_device(self._settings.device)
-        self._started = time.monotonic()
-        self._estimator: PoseEstimator | None = None
-        self._namer = InstanceNamer()
+        self._loaded = ""
+        self._stopping = threading.Event()
+        self._finished = True
         self._drops = DropLog(self.get_logger().warning)
         self._drops_reported = 0
         self._latencies = Latencies()
+        self._rates = Rates()
         self._frames_answered = 0
         self._poses_published = 0
+        self._topics: dict[str, str] = {}
+        self._reliability_given: dict[str, bool] = {}
+
+        # What there is once the node is configured.
+        self._engine: Engine | None = None
+        self._worker: NewestWorker[Pair] | None = None
+        self._outputs: dict[str, OutputPublisher] = {}
+        self._target: TargetFrame | None = None
+        self._read_segments: ReadSegments | None = None
+        self._rectified = False
+        # On the worker's thread, or while it has nothing to do.
+        self._painter: OverlayPainter | None = None
+        self._mesh_resources: dict[str, MeshResource] = {}
+        self._epoch = 0
+        # What the executor's threads share with the transitions.
+        self._stream = threading.RLock()
         self._inputs: list[InputSubscription] = []
-        self._topics = {"image": "image", "camera_info": "camera_info", "segmentation": "segmentation"}
+        self._pairing: StampPairing | None = None
+        self._halves: HalfJoin | None = None
+        # What the worker shares with the housekeeping.
+        self._tracking = threading.Lock()
+        self._tracker: InstanceTracker | None = None
+        self._last_answer: tuple[float, float, Header] | None = None
 
-        self._detections = self.create_publisher(Detection3DArray, "detections", QoSProfile(depth=10))
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
-        self._send_transforms = self._make_transform_sender()
-
-        self._pairing = StampPairing(
-            self._settings.buffer_seconds, self._settings.buffer_images, self._drops.record
-        )
-        self._worker: NewestWorker[Pair] = NewestWorker(
-            self._load, self._process, self._on_crash, order=lambda pair: pair.order
-        )
+        self._broadcaster = TransformBroadcaster(self) if TransformBroadcaster is not None else None
+        self._diagnostics = OutputPublisher(self, DiagnosticArray, "/diagnostics", 10, managed=False)
         # Not the node's clock: with simulated time a paused bag would stop the housekeeping too.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(HOUSEKEEPING_PERIOD, self._guard(self._housekeeping), clock=steady)
         self.create_timer(1.0, self._guard(self._publish_diagnostics), clock=steady)
-        self._worker.start()
+        self._autostart = None
+        if self._settings.autostart:
+            self._autostart = self.create_timer(
+                0.01, self._guard(self._start), MutuallyExclusiveCallbackGroup(), clock=steady
+            )
+
+    @property
+    def failure(self) -> str:
+        """Why the last transition failed; empty if it did not."""
+        return self._failure
+
+    @property
+    def state(self) -> str:
+        """Label of the life cycle's state."""
+        return self._state_machine.current_state[1]
 
     def close(self, timeout: float) -> bool:
-        """Stop listening and end the worker; False if it is still at work after ``timeout`` seconds."""
-        for subscription in self._inputs:
-            subscription.destroy()
-        self._inputs.clear()
-        return self._worker.close(timeout)
+        """End from whatever state; False if something is still at work after ``timeout`` seconds.
 
-    # Loading, on the worker thread.
+        To be called when the executor spins no more. A transition on one of its threads is interrupted.
+        """
+        deadline = time.monotonic() + timeout
+        self._stopping.set()
+        while self.state not in ("unconfigured", "inactive", "active", "finalized"):
+            worker = self._worker
+            if worker is not None:
+                worker.interrupt()
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        if self.state != "finalized":
+            self.trigger_shutdown()
+        return self._finished
 
-    def _load(self) -> None:
-        p = self._settings
-        self.get_logger().info(f"loading {p.preset} on {self._device} and the objects in {p.mesh_dir}")
-        estimator = PoseEstimator.from_mesh_dir(
-            p.mesh_dir,
-            preset=p.preset,
-            weights=p.weights,
-            device=self._device,
-            unit=p.unit,
-            viewpoints=p.viewpoints,
-            cache_dir=p.cache_dir,
-            hypotheses=p.hypotheses,
-            progress=self._on_progress,
+    def destroy_node(self) -> None:
+        """Destroy the node."""
+        logging.getLogger("picopose_ros").removeHandler(self._log_handler)
+        super().destroy_node()
+
+    # The life cycle. On any thread; the state machine lets only one transition happen at a time.
+
+    def _start(self) -> None:
+        self._autostart.cancel()
+        if self._stopping.is_set() or self.state != "unconfigured":
+            return
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS and not self._stopping.is_set():
+            self.trigger_activate()
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load network and objects, make the publishers."""
+        return self._transition("configure", state, self._configure, self._release)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Begin to listen and to publish."""
+        return self._transition("activate", state, self._activate, self._undo_activate)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Listen and publish no more; what is at work is finished and published before."""
+        return self._transition("deactivate", state, self._deactivate)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of network, objects and publishers."""
+        return self._transition("cleanup", state, self._cleanup)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of everything, for good."""
+        return self._transition("shutdown", state, self._shutdown)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """After a transition that went wrong halfway: let go of everything, be unconfigured."""
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _transition(
+        self,
+        name: str,
+        state: LifecycleState,
+        action: Callable[[LifecycleState], None],
+        undo: Callable[[], None] | None = None,
+    ) -> TransitionCallbackReturn:
+        """Do what a transition is for; a failure is told, and leaves the node in the state it was in."""
+        try:
+            action(state)
+        except LoadingInterrupted:
+            self.get_logger().info("stopped while it was loading")
+        except Exception as error:  # noqa: BLE001 (rclpy would swallow it)
+            expected = isinstance(error, PicoPoseError)
+            reason = str(error) if expected else "".join(traceback.format_exception(error))
+            self._failure = f"{name} failed: {reason}"
+            stays = state.label if undo is not None else "unconfigured"
+            self.get_logger().error(
+                f"{self._failure}\npicopose_node stays {stays}; once that is mended: "
+                f"ros2 lifecycle set {self.get_fully_qualified_name()} {name if undo else 'configure'}"
+            )
+        else:
+            self._failure = ""
+            return TransitionCallbackReturn.SUCCESS
+        if undo is None:
+            return TransitionCallbackReturn.ERROR
+        undo()
+        return TransitionCallbackReturn.FAILURE
+
+    def _configure(self, state: LifecycleState) -> None:
+        started = time.monotonic()
+        p = self._settings = read_parameters(self)
+        p.check()
+        require_tf2_ros(p.target_frame)
+        self._topics = self._resolve_topics(p)
+        self._rectified = p.image_rectified == "yes" or (
+            p.image_rectified == "auto" and is_rectified_topic(self._topics["image"])
         )
-        self._warm_up(estimator)
-        self._estimator = estimator
+        self._read_segments = segment_reader(p.segmentation_input, p.mask_class, self._topics)
+        self.get_logger().info(f"configuration:\n{p.text()}")
+        engine = self._engine = Engine(p)
+        self.get_logger().info(f"loading {p.preset} on {engine.device} and the objects in {p.mesh_dir}")
+        worker = self._worker = NewestWorker(
+            lambda: engine.load(self._on_progress),
+            self._process,
+            self._on_crash,
+            order=lambda pair: pair.order,
+            teardown=self._close_painter,
+        )
+        if self._stopping.is_set():
+            raise LoadingInterrupted
+        worker.start()
+        worker.settled.wait()
+        if worker.failure is not None:
+            raise worker.failure
+        self._progress = ""
+        with self._tracking:
+            self._tracker = InstanceTracker(
+                timeout=p.instance_timeout, max_distance=p.instance_distance, smoothing=p.smoothing
+            )
+        self._use_objects(engine.objects)
+        self._outputs = {
+            name: OutputPublisher(self, kind, name, depth)
+            for name, kind, depth in (
+                ("detections", Detection3DArray, 10),
+                ("markers", MarkerArray, 10),
+                ("overlay", Image, 1),
+            )
+        }
+        if self._broadcaster is None:
+            self._outputs["tf"] = OutputPublisher(self, TFMessage, "/tf", 100)
+        if p.target_frame:
+            self._target = TargetFrame(self, p.target_frame)
+            self._outputs["target"] = OutputPublisher(
+                self, Detection3DArray, "detections_in_target_frame", 10
+            )
+        with self._stream:
+            self._pairing = StampPairing(
+                p.buffer_seconds, p.buffer_images, self._drops.record, on_jump=self._on_jump
+            )
+            if p.segmentation_input == "detections":
+                self._halves = HalfJoin(
+                    (self._topics["segmentation"], self._topics["labels"]), self._drops.record
+                )
+        objects = sorted(engine.objects.banks)
+        self._loaded = (
+            f"{len(objects)} object{'s' if len(objects) != 1 else ''} ({', '.join(objects)}), {p.preset} on "
+            f"{engine.device}, {p.viewpoints} viewpoints, hypotheses per segment: {p.hypotheses}, loaded in "
+            f"{time.monotonic() - started:.1f} s"
+        )
+        self.get_logger().info(f"picopose_node configured: {self._loaded}")
+
+    def _activate(self, state: LifecycleState) -> None:
+        if self._stopping.is_set():
+            raise LoadingInterrupted
+        LifecycleNodeMixin.on_activate(self, state)
+        self._outputs["markers"].publish(clearing_markers(Header(stamp=self.get_clock().now().to_msg())))
+        p = self._settings
+        image_type = CompressedImage if p.image_transport == "compressed" else Image
+        kinds: list[tuple[str, type, Callable[[Any], None], int, str]] = [
+            ("image", image_type, self._on_image, IMAGE_DEPTH, p.image_reliability),
+            ("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability),
+        ]
+        if p.segmentation_input == "detections":
+            kinds += [
+                ("labels", Image, functools.partial(self._on_half, 1), SEGMENTATION_DEPTH, "auto"),
+                (
+                    "segmentation",
+                    Detection2DArray,
+                    functools.partial(self._on_half, 0),
+                    SEGMENTATION_DEPTH,
+                    "auto",
+                ),
+            ]
+        else:
+            kind = Image if p.segmentation_input == "mask" else SegmentArray
+            kinds.append(("segmentation", kind, self._on_segmentation, SEGMENTATION_DEPTH, "auto"))
+        for name, message_type, callback, depth, reliability in kinds:
+            topic = self._topics[name]
+            if topic not in self._reliability_given:
+                self._reliability_given[topic] = reliability_is_given(self, topic)
+            subscription = InputSubscription(
+                self,
+                message_type,
+                topic,
+                self._guard(callback),
+                depth,
+                reliability,
+                self._reliability_given[topic],
+            )
+            with self._stream:
+                self._inputs.append(subscription)
+        self.get_logger().info(
+            f"picopose_node ready: {self._loaded}; listening to "
+            f"{', '.join(one.topic for one in self._inputs)}"
+        )
+
+    def _undo_activate(self) -> None:
+        self._stop_listening()
+        LifecycleNodeMixin.on_deactivate(self, LifecycleState("inactive", State.PRIMARY_STATE_INACTIVE))
+
+    def _deactivate(self, state: LifecycleState) -> None:
+        self._stop_listening()
+        dropped, idle = self._worker.drain(DRAIN_SECONDS)
+        if dropped is not None:
+            self._drops.record(
+                DropReason.CLEARED,
+                f"segmentation {format_stamp(dropped.stamp)} waited for the estimator when the node was "
+                "deactivated",
+            )
+        if not idle:
+            raise RuntimeError(f"a frame is still at work after {DRAIN_SECONDS:g} s")
+        with self._tracking:
+            self._tracker.clear()
+            self._tracker.retired()
+            self._last_answer = None
+        self._outputs["markers"].publish(clearing_markers(Header(stamp=self.get_clock().now().to_msg())))
+        LifecycleNodeMixin.on_deactivate(self, state)
+        self.get_logger().info("picopose_node deactivated: it listens and publishes no more")
+
+    def _cleanup(self, state: LifecycleState) -> None:
+        LifecycleNodeMixin.on_cleanup(self, state)
+        self._release()
+        self.get_logger().info("picopose_node cleaned up: network and objects are gone from memory")
+
+    def _shutdown(self, state: LifecycleState) -> None:
+        if self._autostart is not None:
+            self._autostart.cancel()
+        LifecycleNodeMixin.on_shutdown(self, state)
+        self._release()
+
+    def _stop_listening(self) -> None:
+        with self._stream:
+            for subscription in self._inputs:
+                subscription.destroy()
+            self._inputs.clear()
+            if self._halves is not None:
+                self._halves.clear()
+            if self._pairing is not None:
+                self._pairing.clear("the node was deactivated")
+
+    def _release(self) -> None:
+        """Let go of all that there is once the node is configured; from whatever state."""
+        self._stop_listening()
+        worker, engine = self._worker, self._engine
+        self._finished = worker is None or worker.close(STOP_SECONDS)
+        if not self._finished:
+            self.get_logger().error(f"the worker is still busy after {STOP_SECONDS:g} s; it is left behind")
+        if engine is not None and self._finished:
+            engine.close()
+        if self._target is not None:
+            self._target.close()
+        for output in self._outputs.values():
+            output.destroy()
+        self._outputs = {}
+        self._worker = self._engine = self._target = self._painter = None
+        self._mesh_resources = {}
+        self._progress = ""
+        with self._stream:
+            self._pairing = self._halves = None
+        with self._tracking:
+            self._tracker = self._last_answer = None
+
+    def _resolve_topics(self, p: NodeParameters) -> dict[str, str]:
+        """Full names of the inputs.
+
+        Raises:
+            ConfigError: two of them are the same.
+        """
+        names = ["image", "camera_info", "segmentation"]
+        if p.segmentation_input == "detections":
+            names.append("labels")
+        topics = {name: self.resolve_topic_name(name) for name in names}
+        if p.image_transport == "compressed":
+            # As image_transport does it: a remapping of the image's topic holds for all its transports.
+            topics["image"] += "/compressed"
+        for name, topic in topics.items():
+            other = next(one for one in topics if topics[one] == topic)
+            if other != name:
+                raise ConfigError(f"topics {other} and {name} are both {topic}: remap one of them")
+        return topics
 
     def _on_progress(self, class_id: str, done: int, total: int) -> None:
-        if self._worker.closing:
+        """Told by the engine as each object is begun and done."""
+        worker = self._worker
+        if self._stopping.is_set() or worker is None or worker.closing:
             raise LoadingInterrupted
+        if not self._progress.startswith(f"{class_id} "):
+            self.get_logger().info(f"loading object {class_id} ({done + 1} of {total})")
         self._progress = f"{class_id} {done}/{total}"
 
-    @staticmethod
-    def _warm_up(estimator: PoseEstimator) -> None:
-        """One frame that means nothing: allocations and lazy set-up are done before the first real one."""
-        height, width = 480, 640
-        rows, cols = np.mgrid[:height, :width]
-        rgb = np.stack([rows % 256, cols % 256, (rows + cols) % 256], -1).astype(np.uint8)
-        mask = (rows - height / 2) ** 2 + (cols - width / 2) ** 2 < 100**2
-        K = np.array([[600.0, 0, width / 2], [0, 600.0, height / 2], [0, 0, 1]])
-        segment = Segment(class_id=next(iter(estimator.banks)), score=1.0, mask=mask)
-        estimator.estimate(rgb, CameraModel(K, width, height, "", ()), [segment])
+    def _on_parameters_set(self, parameters: list[Parameter[Any]]) -> None:
+        p = self._settings = read_parameters(self)
+        with self._tracking:
+            if self._tracker is not None:
+                self._tracker.settings = p.smoothing
+                self._tracker.timeout = p.instance_timeout
+                self._tracker.max_distance = p.instance_distance
+
+    def _use_objects(self, objects: ObjectSet) -> None:
+        """Tell everything that knows the objects; on the worker's thread, or while it has nothing to do."""
+        with self._tracking:
+            self._tracker.set_symmetries({name: spec.symmetries for name, spec in objects.specs.items()})
+        try:
+            self._mesh_resources = mesh_resources(objects.specs)
+        except MeshError as error:
+            self._mesh_resources = {}
+            self.get_logger().warning(f"no meshes among the markers: {error}")
+        self._close_painter()
+
+    def _close_painter(self) -> None:
+        if self._painter is not None:
+            self._painter.close()
+            self._painter = None
 
     # On the executor: receive, pair, look after things.
 
-    def _activate(self) -> None:
-        p = self._settings
-        for name, message_type, callback, depth, reliability in (
-            ("image", Image, self._on_image, IMAGE_DEPTH, p.image_reliability),
-            ("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability),
-            ("segmentation", SegmentArray, self._on_segmentation, SEGMENTATION_DEPTH, "auto"),
-        ):
-            subscription = InputSubscription(
-                self, message_type, name, self._guard(callback), depth, reliability
-            )
-            self._inputs.append(subscription)
-            self._topics[name] = subscription.topic
-        self._state = "ready"
-        objects = sorted(self._estimator.banks)
-        self.get_logger().info(
-            f"picopose_node ready: {len(objects)} object{'s' if len(objects) != 1 else ''} "
-            f"({', '.join(objects)}), {p.preset} on {self._device}, {p.viewpoints} viewpoints, "
-            f"hypotheses per segment: {p.hypotheses}, loaded in {time.monotonic() - self._started:.1f} s; "
-            f"listening to {', '.join(self._topics.values())}"
-        )
-
-    def _on_image(self, message: Image) -> None:
-        self._submit(
-            self._pairing.add_image(stamp_to_nanoseconds(message.header.stamp), message, time.monotonic())
-        )
+    def _on_image(self, message: Image | CompressedImage) -> None:
+        self._pair(lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
 
     def _on_camera_info(self, message: CameraInfo) -> None:
-        stamp = stamp_to_nanoseconds(message.header.stamp)
-        self._submit(self._pairing.add_camera_info(stamp, message, time.monotonic()))
+        self._pair(lambda pairing, stamp, now: pairing.add_camera_info(stamp, message, now), message)
 
-    def _on_segmentation(self, message: SegmentArray) -> None:
-        stamp = stamp_to_nanoseconds(message.header.stamp)
-        self._submit(self._pairing.add_segmentation(stamp, message, time.monotonic()))
+    def _on_segmentation(self, message: SegmentArray | Image) -> None:
+        self._pair(lambda pairing, stamp, now: pairing.add_segmentation(stamp, message, now), message)
+
+    def _on_half(self, half: int, message: Detection2DArray | Image) -> None:
+        def add(pairing: StampPairing, stamp: int, now: float) -> list[Pair]:
+            both = self._halves.add(half, stamp, message, now)
+            return [] if both is None else pairing.add_segmentation(stamp, both, now)
+
+        self._pair(add, message)
+
+    def _pair(self, add: Callable[[StampPairing, int, float], list[Pair]], message: Any) -> None:
+        with self._stream:
+            # A message may have been taken before its subscription was destroyed.
+            if self._inputs:
+                self._submit(add(self._pairing, stamp_to_nanoseconds(message.header.stamp), time.monotonic()))
 
     def _submit(self, pairs: list[Pair]) -> None:
         for pair in pairs:
@@ -192,45 +499,82 @@ class PicoPoseNode(Node):
                 self._drops.record(
                     DropReason.BUSY,
                     f"segmentation {format_stamp(replaced.stamp)} was overtaken by a newer one before the "
-                    "estimator was "
-                    "free: segmentations come faster than poses can be computed",
+                    "estimator was free: segmentations come faster than poses can be computed",
                 )
 
+    def _on_jump(self, message: str) -> None:
+        self.get_logger().warning(message)
+
     def _housekeeping(self) -> None:
-        if self._worker.failure is not None:
-            self._state, self.failure = "failed", self._worker.failure
+        with self._stream:
+            if not self._inputs:
+                return
+            for subscription in self._inputs:
+                subscription.adapt()
+            now = time.monotonic()
+            if self._halves is not None:
+                self._halves.expire(now)
+            self._submit(self._pairing.expire(now))
+        self._retire_instances()
+
+    def _retire_instances(self) -> None:
+        """Retire instances also when no more segmentations come."""
+        worker, markers = self._worker, self._outputs.get("markers")
+        if worker is None or markers is None or not worker.idle:
             return
-        if self._state == "loading" and self._worker.ready.is_set():
-            self._activate()
-        for subscription in self._inputs:
-            subscription.adapt()
-        self._submit(self._pairing.expire(time.monotonic()))
+        with self._tracking:
+            if self._tracker is None or self._last_answer is None:
+                return
+            stamp, when, header = self._last_answer
+            self._tracker.expire(stamp + time.monotonic() - when)
+            retired = self._tracker.retired()
+        if retired:
+            markers.publish(marker_array([], retired, header, self._mesh_resources))
 
     def _publish_diagnostics(self) -> None:
-        counts = self._pairing.counts
         dropped = self._drops.total()
-        details = {"preset": self._settings.preset, "viewpoints": str(self._settings.viewpoints)}
-        if self._estimator is not None:
-            details["objects"] = ", ".join(sorted(self._estimator.banks))
-        elif self._progress:
+        engine, p = self._engine, self._settings
+        details = {"preset": p.preset, "viewpoints": str(p.viewpoints)}
+        if engine is not None:
+            details["objects"] = ", ".join(sorted(engine.objects.banks))
+            if engine.objects.failed:
+                details["objects_failed"] = "; ".join(engine.objects.failed.values())
+        if self._progress:
             details["loading"] = self._progress
+        device = engine.device if engine is not None else "none"
+        details |= memory_use(device)
+        with self._stream:
+            problems = [one.problem() for one in (*self._inputs, *self._outputs.values())]
+            details |= {f"publishers_{one.topic}": str(one.publishers) for one in self._inputs}
+            pairing = self._pairing
+            counts = {}
+            if pairing is not None:
+                counts = {
+                    "images_received": pairing.counts.images,
+                    "camera_infos_received": pairing.counts.camera_infos,
+                    "segmentations_received": pairing.counts.segmentations,
+                    "pairs_made": pairing.counts.pairs,
+                    "images_buffered": len(pairing),
+                    "time_jumps": pairing.epoch,
+                }
+        counts["segmentations_answered"] = self._frames_answered
+        counts["poses_published"] = self._poses_published
+        with self._tracking:
+            if self._tracker is not None:
+                details["instances"] = ", ".join(self._tracker.names)
+        rated = ("images_received", "segmentations_received", "segmentations_answered", "poses_published")
         status = NodeStatus(
             name=self.get_fully_qualified_name(),
-            state=self._state,
-            hardware=self._device,
-            counts={
-                "images_received": counts.images,
-                "camera_infos_received": counts.camera_infos,
-                "segmentations_received": counts.segmentations,
-                "pairs_made": counts.pairs,
-                "images_buffered": len(self._pairing),
-                "segmentations_answered": self._frames_answered,
-                "poses_published": self._poses_published,
-            },
+            state=self.state,
+            hardware=device,
+            counts=counts,
+            rates=self._rates.update(time.monotonic(), {name: counts.get(name, 0) for name in rated}),
             drops=self._drops.snapshot(),
             new_drops=dropped - self._drops_reported,
             latencies=self._latencies.summary(),
             details=details,
+            failure=self._failure,
+            problems=[problem for problem in problems if problem],
         )
         self._drops_reported = dropped
         self._diagnostics.publish(diagnostics_message(status, self.get_clock().now().to_msg()))
@@ -251,36 +595,32 @@ class PicoPoseNode(Node):
         trace = "".join(traceback.format_exception(error))
         self._drops.record(DropReason.INTERNAL_ERROR, f"unexpected error, please report it: {trace}")
 
-    # Inference, on the worker thread.
+    # Inference, on the worker's thread.
 
     def _process(self, pair: Pair) -> None:
         started = time.monotonic()
-        header: Header = pair.image.header
+        p, engine = self._settings, self._engine
         try:
-            rgb = image_to_rgb(pair.image, self._topics["image"])
-            camera = camera_from_message(pair.camera_info, self._topics["camera_info"])
-            segments = self._segments(pair, rgb.shape[:2])
-        except ImageError as error:
-            self._drops.record(DropReason.BAD_IMAGE, str(error))
-            return
-        except CameraError as error:
-            self._drops.record(DropReason.BAD_CAMERA_INFO, str(error))
-            return
-        except SegmentError as error:
-            self._drops.record(DropReason.MASK_SIZE, str(error))
-            return
-        if (camera.height, camera.width) != rgb.shape[:2]:
-            size, other = f"{rgb.shape[1]}x{rgb.shape[0]}", f"{camera.width}x{camera.height}"
-            self._drops.record(
-                DropReason.BAD_CAMERA_INFO,
-                f"camera_info on {self._topics['camera_info']} is of an image of {other} pixels, but "
-                f"the image has {size}: use the camera_info that belongs to {self._topics['image']}",
+            frame = read_frame(
+                pair.image,
+                pair.camera_info,
+                pair.segmentation,
+                self._read_segments,
+                self._topics,
+                self._rectified,
             )
+        except FrameRefused as refused:
+            self._drops.record(refused.reason, str(refused))
             return
+        for problem in frame.bad:
+            self._drops.record(problem.reason, problem.message)
         before = time.monotonic()
-        poses = self._estimate(rgb, camera, segments)
+        result = engine.estimate(frame.rgb, frame.camera, frame.segments, p.hypotheses)
+        judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
-        self._publish(poses, header)
+        for reason, message in judged.dropped:
+            self._drops.record(reason, message)
+        tracked, retired = self._publish(judged.poses, pair, p)
         done = time.monotonic()
         self._latencies.record(
             {
@@ -289,83 +629,79 @@ class PicoPoseNode(Node):
                 "estimate": 1e3 * (after - before),
                 "publish": 1e3 * (done - after),
                 "total": 1e3 * (done - pair.received),
+                **{stage: ms for stage, ms in result.timings.items() if stage != "total"},
             }
         )
+        self._show(tracked, retired, frame, pair.image.header)
 
-    def _segments(self, pair: Pair, size: tuple[int, int]) -> list[Segment]:
-        segments, bad = segments_from_message(pair.segmentation, *size, self._topics["segmentation"])
-        for problem in bad:
-            self._drops.record(problem.reason, problem.message)
-        return segments
-
-    def _estimate(self, rgb: np.ndarray, camera: CameraModel, segments: list[Segment]) -> list[ObjectPose]:
-        result = self._estimator.estimate(rgb, camera, segments)
-        self._latencies.record({k: ms for k, ms in result.timings.items() if k != "total"})
-        for index, reason in result.skipped:
-            self._drops.record(
-                self._kind_of_skip(segments[index]),
-                f"segment '{segments[index].class_id}' gave no pose: {reason}",
-            )
-        min_score = self.get_parameter("min_score").value
-        poses = []
-        for pose in result.poses:
-            if pose.confidence < min_score:
-                self._drops.record(
-                    DropReason.LOW_SCORE,
-                    f"a pose of '{pose.class_id}' has score {pose.confidence:.2f}, below min_score "
-                    f"{min_score:g}",
-                )
-            else:
-                poses.append(pose)
-        return poses
-
-    def _kind_of_skip(self, segment: Segment) -> DropReason:
-        """What the estimator's reason for skipping a segment comes down to."""
-        if np.count_nonzero(segment.mask) < self._estimator.settings.min_mask_pixels:
-            return DropReason.SMALL_MASK
-        return DropReason.NO_POSE if segment.class_id in self._estimator.banks else DropReason.UNKNOWN_CLASS
-
-    def _publish(self, poses: list[ObjectPose], header: Header) -> None:
-        names = self._namer.assign(
-            [pose.class_id for pose in poses], [pose.T_cam_obj[:3, 3] for pose in poses]
-        )
-        self._detections.publish(detections_message(poses, names, header))
+    def _publish(
+        self, poses: list[ObjectPose], pair: Pair, p: NodeParameters
+    ) -> tuple[list[TrackedPose], list[str]]:
+        """Publish the poses of an image; returns them with their names, and names that are no more."""
+        header: Header = pair.image.header
+        T_target_cam = None
+        in_tf = self._fit_for_tf(header, poses, p)
+        if self._target is not None and in_tf:
+            try:
+                T_target_cam = self._target.lookup(header)
+            except TransformUnknown as error:
+                self._drops.record(DropReason.NO_TRANSFORM, str(error))
+        stamp = pair.stamp * 1e-9
+        with self._tracking:
+            if pair.epoch != self._epoch:
+                self._tracker.clear()
+                self._epoch = pair.epoch
+            tracked = self._tracker.update(stamp, poses, T_target_cam)
+            retired = self._tracker.retired()
+            self._last_answer = stamp, time.monotonic(), header
+        names, poses = [one.name for one in tracked], [one.pose for one in tracked]
+        self._outputs["detections"].publish(detections_message(poses, names, header))
+        if T_target_cam is not None:
+            there = [pose_in_frame(pose, T_target_cam) for pose in poses]
+            target_header = Header(stamp=header.stamp, frame_id=self._target.name)
+            self._outputs["target"].publish(detections_message(there, names, target_header))
+        if p.publish_tf and poses and in_tf:
+            self._send_transforms([self._transform(one, header, p.tf_prefix) for one in tracked])
         self._frames_answered += 1
         self._poses_published += len(poses)
-        if not poses or not self.get_parameter("publish_tf").value:
-            return
-        if not header.frame_id or header.frame_id.startswith("/"):
+        return tracked, retired
+
+    def _fit_for_tf(self, header: Header, poses: list[ObjectPose], p: NodeParameters) -> bool:
+        """Whether an image's frame can be one of TF's; told if it should be and can't."""
+        fit = bool(header.frame_id) and not header.frame_id.startswith("/")
+        if not fit and poses and (p.publish_tf or p.target_frame):
             self._drops.record(
                 DropReason.BAD_FRAME_ID,
                 f"images on {self._topics['image']} have frame_id '{header.frame_id}', which can't be a "
                 "TF parent: set it in the camera driver, without a leading slash",
             )
-            return
-        prefix = self._settings.tf_prefix
-        self._send_transforms(
-            [transform_from_pose(pose, name, header, prefix) for pose, name in zip(poses, names, strict=True)]
-        )
+        return fit
 
-    def _make_transform_sender(self) -> Callable[[list[Any]], None]:
-        if TransformBroadcaster is not None:
-            return TransformBroadcaster(self).sendTransform
-        publisher = self.create_publisher(TFMessage, "/tf", QoSProfile(depth=100))
-        return lambda transforms: publisher.publish(TFMessage(transforms=transforms))
+    def _transform(self, one: TrackedPose, header: Header, prefix: str) -> Any:
+        """The TF frame of an instance: named by the object's frame_id, if objects.yaml gives it one."""
+        class_id = one.pose.class_id
+        spec = self._engine.objects.specs.get(class_id)
+        name = (spec.frame_id if spec is not None else None) or class_id
+        return transform_from_pose(one.pose, name + one.name.removeprefix(class_id), header, prefix)
 
+    def _send_transforms(self, transforms: list[Any]) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.sendTransform(transforms)
+        else:
+            self._outputs["tf"].publish(TFMessage(transforms=transforms))
 
-def _resolve_device(name: str) -> str:
-    """``auto`` and names of devices to a device that is there.
-
-    Raises:
-        ConfigError: no such device.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"parameter device is '{name}', which can't be used here ({reason}): try cpu"
-        ) from error
-    return name
+    def _show(self, tracked: list[TrackedPose], retired: list[str], frame: Frame, header: Header) -> None:
+        """What is for the eye only, where somebody looks."""
+        if tracked or retired:
+            self._outputs["markers"].publish(marker_array(tracked, retired, header, self._mesh_resources))
+        if self._outputs["overlay"].wanted:
+            started = time.monotonic()
+            if self._painter is None:
+                self._painter = OverlayPainter(self._engine.objects.specs)
+            try:
+                picture = self._painter.paint(frame.rgb, frame.camera, tracked)
+            except RenderError as error:
+                self._drops.record(DropReason.NO_OVERLAY, f"the overlay can't be drawn: {error}")
+                return
+            self._outputs["overlay"].publish(image_from_rgb(picture, header))
+            self._latencies.record({"overlay": 1e3 * (time.monotonic() - started)})

@@ -1,21 +1,46 @@
-"""The node's parameters: declared in one table, read into one object."""
+"""The node's parameters: declared in one table, read into one object, guarded when they are set."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rcl_interfaces.msg import (
+    FloatingPointRange,
+    IntegerRange,
+    ParameterDescriptor,
+    SetParametersResult,
+)
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.smoothing import SmoothingSettings
+
+
+class Changeable(Enum):
+    """When a parameter may be set; the value is what ``ros2 param describe`` says of it."""
+
+    AT_START = "read once, when the node starts"
+    UNCONFIGURED = "can be set while the node is unconfigured"
+    ALWAYS = "dynamic"
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter: its default says its type, ``minimum``/``maximum`` or ``choices`` what it may be."""
+    """One parameter.
+
+    Attributes:
+        default: also says its type.
+        minimum, maximum: of a number. choices: all that it may be.
+        changeable: when it may be set.
+        check: gives the reason why a value can't be used, or "".
+    """
 
     name: str
     default: str | int | float | bool
@@ -23,15 +48,17 @@ class ParameterSpec:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[Any, ...] = ()
-    dynamic: bool = False
+    changeable: Changeable = Changeable.UNCONFIGURED
+    check: Callable[[Any], str] = lambda value: ""
 
     def descriptor(self) -> ParameterDescriptor:
         """What ``ros2 param describe`` shows."""
+        constraints = [f"one of {', '.join(map(str, self.choices))}"] if self.choices else []
         descriptor = ParameterDescriptor(
             name=self.name,
             description=self.description,
-            read_only=not self.dynamic,
-            additional_constraints=f"one of {', '.join(map(str, self.choices))}" if self.choices else "",
+            read_only=self.changeable is Changeable.AT_START,
+            additional_constraints="; ".join([*constraints, self.changeable.value]),
         )
         if self.minimum is not None and self.maximum is not None:
             if isinstance(self.default, int):
@@ -44,8 +71,29 @@ class ParameterSpec:
                 ]
         return descriptor
 
+    def refusal(self, value: Any) -> str:
+        """Why the parameter can't have this value; empty if it can."""
+        if self.choices and value not in self.choices:
+            return (
+                f"parameter {self.name} is {value!r}: it must be one of {', '.join(map(str, self.choices))}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"parameter {self.name} is {value}: it must be a finite number"
+        reason = self.check(value)
+        return f"parameter {self.name} is {value!r}: {reason}" if reason else ""
+
+
+def _no_leading_slash(value: str) -> str:
+    return "TF frames have no leading slash: leave it out" if value.startswith("/") else ""
+
 
 PARAMETERS: tuple[ParameterSpec, ...] = (
+    ParameterSpec(
+        "autostart",
+        True,
+        "Whether the node configures and activates itself; with false it waits for `ros2 lifecycle set`.",
+        changeable=Changeable.AT_START,
+    ),
     ParameterSpec(
         "mesh_dir", "", "Folder with one mesh file, or one folder holding it, per object. Required."
     ),
@@ -66,12 +114,14 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "Templates per object. More find finer poses and take longer to onboard.",
         choices=(42, 162, 642),
     ),
+    ParameterSpec("cache_dir", "", "Where onboarded objects are kept; empty takes the user's cache folder."),
     ParameterSpec(
         "hypotheses",
         5,
         "Templates tried per segment. More are slower and survive a wrong first match.",
         minimum=1,
         maximum=32,
+        changeable=Changeable.ALWAYS,
     ),
     ParameterSpec(
         "min_score",
@@ -79,13 +129,33 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "Poses with a lower score are not published; wrong ones mostly stay below 0.2.",
         minimum=0.0,
         maximum=1.0,
-        dynamic=True,
+        changeable=Changeable.ALWAYS,
     ),
-    ParameterSpec("publish_tf", True, "Whether every pose is also broadcast on /tf.", dynamic=True),
     ParameterSpec(
-        "tf_prefix", "", "Put before the instance's name to make its TF frame, e.g. 'left_camera/'."
+        "segmentation_input",
+        "segments",
+        "What the topic segmentation carries: segments (picopose_ros/SegmentArray), detections "
+        "(vision_msgs/Detection2DArray, with a label image on the topic labels), or mask (a mono8 image of "
+        "one object, whose class is mask_class).",
+        choices=("segments", "detections", "mask"),
     ),
-    ParameterSpec("cache_dir", "", "Where onboarded objects are kept; empty takes the user's cache folder."),
+    ParameterSpec(
+        "mask_class", "", "Class of the object in a mask. Required where segmentation_input is mask."
+    ),
+    ParameterSpec(
+        "image_transport",
+        "raw",
+        "raw subscribes to image (sensor_msgs/Image), compressed to image/compressed "
+        "(sensor_msgs/CompressedImage).",
+        choices=("raw", "compressed"),
+    ),
+    ParameterSpec(
+        "image_reliability",
+        "auto",
+        "QoS of image and camera_info: reliable, best_effort, or auto (reliable, until a publisher turns up "
+        "that offers only best effort). A qos_overrides parameter of the topic wins.",
+        choices=("auto", "reliable", "best_effort"),
+    ),
     ParameterSpec(
         "buffer_seconds",
         5.0,
@@ -101,58 +171,195 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         maximum=10_000,
     ),
     ParameterSpec(
-        "image_reliability",
+        "image_rectified",
         "auto",
-        "QoS of image and camera_info: reliable, best_effort, or auto (reliable, until a publisher turns up "
-        "that "
-        "offers only best effort).",
-        choices=("auto", "reliable", "best_effort"),
+        "Whether the images are rectified, so that P of camera_info describes them: yes, no, or auto (yes "
+        "where the topic's name says so, as image_rect does).",
+        choices=("auto", "yes", "no"),
+    ),
+    ParameterSpec(
+        "instance_timeout",
+        1.0,
+        "Seconds that an instance keeps its name while it isn't seen; of the images' clock.",
+        minimum=0.05,
+        maximum=3600.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "instance_distance",
+        0.3,
+        "Farthest (m) from where it was last seen that an instance is known again.",
+        minimum=0.001,
+        maximum=100.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "smoothing.translation",
+        0.0,
+        "Seconds over which the position of an instance is averaged; 0 leaves it as it is. Adds no latency.",
+        minimum=0.0,
+        maximum=10.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "smoothing.rotation",
+        0.0,
+        "The same for its rotation.",
+        minimum=0.0,
+        maximum=10.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "smoothing.jump_distance",
+        0.05,
+        "A pose this far (m) from where smoothing expects it is believed at once.",
+        minimum=0.001,
+        maximum=10.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "smoothing.jump_deg",
+        20.0,
+        "The same for its rotation, degrees.",
+        minimum=0.1,
+        maximum=180.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "publish_tf",
+        True,
+        "Whether every pose is also broadcast on /tf.",
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "tf_prefix",
+        "",
+        "Put before the instance's name to make its TF frame, e.g. 'left_camera/'.",
+        check=_no_leading_slash,
+    ),
+    ParameterSpec(
+        "target_frame",
+        "",
+        "Frame in which the poses are published too, on detections_in_target_frame, e.g. 'base_link'; found "
+        "by TF at the image's stamp. Empty: not. Needs tf2_ros.",
+        check=_no_leading_slash,
     ),
 )
+
+SPECS: dict[str, ParameterSpec] = {spec.name: spec for spec in PARAMETERS}
 
 
 @dataclass(frozen=True)
 class NodeParameters:
-    """The parameters' values at start; the dynamic ones are read again at every frame."""
+    """The parameters' values; see :data:`PARAMETERS`. A dot in a name is an underscore here."""
 
-    mesh_dir: Path
+    autostart: bool
+    mesh_dir: Path | None
     unit: str
     preset: str
     weights: Path | None
     device: str
     viewpoints: int
+    cache_dir: Path | None
     hypotheses: int
     min_score: float
-    publish_tf: bool
-    tf_prefix: str
-    cache_dir: Path | None
+    segmentation_input: str
+    mask_class: str
+    image_transport: str
+    image_reliability: str
     buffer_seconds: float
     buffer_images: int
-    image_reliability: str
+    image_rectified: str
+    instance_timeout: float
+    instance_distance: float
+    smoothing_translation: float
+    smoothing_rotation: float
+    smoothing_jump_distance: float
+    smoothing_jump_deg: float
+    publish_tf: bool
+    tf_prefix: str
+    target_frame: str
+
+    @property
+    def smoothing(self) -> SmoothingSettings:
+        """How poses are smoothed over time."""
+        return SmoothingSettings(
+            self.smoothing_translation,
+            self.smoothing_rotation,
+            self.smoothing_jump_distance,
+            self.smoothing_jump_deg,
+        )
+
+    def check(self) -> None:
+        """Look at what no value tells by itself.
+
+        Raises:
+            ConfigError: a parameter that the others require is not there.
+        """
+        if self.mesh_dir is None:
+            raise ConfigError(
+                "parameter mesh_dir is empty: set it to a folder with one mesh per object, e.g. "
+                "--ros-args -p mesh_dir:=/path/to/meshes"
+            )
+        if self.segmentation_input == "mask" and not self.mask_class:
+            raise ConfigError(
+                "parameter mask_class is empty, but segmentation_input is mask: set it to the class of the "
+                "object that the mask is of"
+            )
+
+    def text(self) -> str:
+        """All values on one line each, those that are not the default marked."""
+        lines = []
+        for spec in PARAMETERS:
+            value = getattr(self, _field(spec))
+            shown = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            changed = value != (None if spec.name in _PATHS and not spec.default else spec.default)
+            lines.append(f"  {spec.name}: {shown or repr('')}{'  (set)' if changed else ''}")
+        return "\n".join(lines)
 
 
-def declare_parameters(node: Node) -> NodeParameters:
-    """Declare every parameter on ``node`` and read it.
+_PATHS = ("mesh_dir", "weights", "cache_dir")
+
+
+def _field(spec: ParameterSpec) -> str:
+    return spec.name.replace(".", "_")
+
+
+def declare_parameters(node: Node) -> None:
+    """Declare every parameter on ``node``.
 
     Raises:
-        ConfigError: a value of the wrong type, out of range or not among the choices; no mesh_dir.
+        ConfigError: a value of the wrong type, out of range or not among the choices.
     """
-    values: dict[str, Any] = {}
     for spec in PARAMETERS:
         try:
             value = node.declare_parameter(spec.name, spec.default, spec.descriptor()).value
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
             raise ConfigError(f"parameter {spec.name} can't be used: {error}") from error
-        if spec.choices and value not in spec.choices:
-            raise ConfigError(
-                f"parameter {spec.name} is {value!r}: it must be one of {', '.join(map(str, spec.choices))}"
-            )
-        values[spec.name] = value
-    if not values["mesh_dir"]:
-        raise ConfigError(
-            "parameter mesh_dir is empty: set it to a folder with one mesh per object, e.g. "
-            "--ros-args -p mesh_dir:=/path/to/meshes"
-        )
-    for name in ("mesh_dir", "weights", "cache_dir"):
+        if reason := spec.refusal(value):
+            raise ConfigError(reason)
+
+
+def read_parameters(node: Node) -> NodeParameters:
+    """The declared parameters' values now."""
+    values = {_field(spec): node.get_parameter(spec.name).value for spec in PARAMETERS}
+    for name in _PATHS:
         values[name] = Path(values[name]).expanduser() if values[name] else None
     return NodeParameters(**{field.name: values[field.name] for field in fields(NodeParameters)})
+
+
+def judge_parameters(parameters: Sequence[Parameter[Any]], state: str) -> SetParametersResult:
+    """Whether parameters may be set in a lifecycle state (its label), and why not."""
+    for parameter in parameters:
+        spec = SPECS.get(parameter.name)
+        if spec is None:
+            continue
+        if spec.changeable is Changeable.UNCONFIGURED and state != "unconfigured":
+            return SetParametersResult(
+                successful=False,
+                reason=f"parameter {spec.name} {spec.changeable.value}, and it is {state}: "
+                "`ros2 lifecycle set <node> deactivate` and `cleanup` come first",
+            )
+        if reason := spec.refusal(parameter.value):
+            return SetParametersResult(successful=False, reason=reason)
+    return SetParametersResult(successful=True)

@@ -71,6 +71,12 @@ class NewestWorker(Generic[Item]):
         """True while the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """True while no item is at work or waits."""
+        with self._condition:
+            return self._item is None and not self._handling
+
     def submit(self, item: Item) -> Item | None:
         """Hand over an item; returns the one that will never be handled because of it, if any.
 

@@ -1,0 +1,67 @@
+"""Fixtures of the tests that start the node: one world for all of them, one node for each module.
+
+A module says in ``NODE`` with which parameters its node is started, in ``NAMESPACE`` where, and in
+``CONNECTED`` whether it listens by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # everything else is tested without ROS
+    from node_harness import Client, NodeProcess, Scene
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Meshes (one of them broken, one with an alias), weights and a cache; parameters of a node."""
+    from node_harness import write_meshes, write_weights
+
+    folder = tmp_path_factory.mktemp("assets")
+    meshes = write_meshes(folder / "meshes")
+    (meshes / "crumpled.ply").write_text("ply\nthis is no mesh\n")
+    (meshes / "objects.yaml").write_text("can: {class_ids: [tin, '41'], frame_id: tin_can}\n")
+    return {
+        "mesh_dir": meshes,
+        "weights": write_weights(folder / "tiny.safetensors"),
+        "cache_dir": folder / "cache",
+    }
+
+
+@pytest.fixture(scope="session")
+def scene(assets: dict[str, Path]) -> Scene:
+    """A block, a can and another block."""
+    from node_harness import make_scene
+
+    return make_scene(assets["mesh_dir"])
+
+
+@pytest.fixture(scope="module")
+def node(
+    request: pytest.FixtureRequest, assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NodeProcess]:
+    """The module's node, a process of its own, which must end well."""
+    from node_harness import QUICK, next_domain, running_node
+
+    namespace, parameters = request.module.NAMESPACE, request.module.NODE
+    folder = tmp_path_factory.mktemp("node")
+    with running_node(folder, next_domain(), namespace, **{**QUICK, **assets, **parameters}) as process:
+        yield process
+        assert process.stop() == 0
+        assert "Traceback" not in process.log
+
+
+@pytest.fixture(scope="module")
+def client(request: pytest.FixtureRequest, node: NodeProcess) -> Iterator[Client]:
+    """A camera, a segmenter and a listener, connected to the module's node once that is active."""
+    from node_harness import Client
+
+    client = Client(node.domain, request.module.NAMESPACE)
+    if getattr(request.module, "CONNECTED", True):
+        client.wait_until_connected(node)
+    yield client
+    client.close()
