@@ -24,7 +24,8 @@ PLACEHOLDER = "{camera}"
 TOPICS = {
     "image": ("image_raw", "Images to look at (sensor_msgs/Image)."),
     "camera_info": ("camera_info", "Their intrinsics (sensor_msgs/CameraInfo)."),
-    "segmentation": ("segmentation", "Masks of the objects in them (picopose_ros/SegmentArray)."),
+    "segmentation": ("segmentation", "Masks of the objects in them (see segmentation_input)."),
+    "labels": ("labels", "Label images, where segmentation_input is detections (sensor_msgs/Image)."),
 }
 PARAMETERS = {
     "mesh_dir": (str, "Folder with one mesh file, or one folder holding it, per object."),
@@ -32,6 +33,10 @@ PARAMETERS = {
     "preset": (str, "Size of the network: tiny or vitl."),
     "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
     "cache_dir": (str, "Where onboarded objects are kept, for all cameras."),
+    "segmentation_input": (str, "What segmentation carries: segments, detections or mask."),
+    "mask_class": (str, "Class of the object in a mask."),
+    "image_transport": (str, "raw or compressed."),
+    "target_frame": (str, "Frame in which the poses are published too; needs tf2_ros."),
     "use_sim_time": (bool, "true: take the time from /clock, as with `ros2 bag play --clock`."),
 }
 
