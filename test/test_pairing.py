@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
 import pytest
 
-from picopose_ros.instances import InstanceNamer
 from picopose_ros.node.drops import DropLog, DropReason
 from picopose_ros.node.pairing import (
     INFO_PATIENCE,
@@ -439,30 +437,3 @@ def test_a_hundred_drops_make_one_line_and_a_count() -> None:
     assert counts[DropReason.UNKNOWN_CLASS].last_message == "class 'spoon' has no mesh"
     assert counts[DropReason.UNKNOWN_CLASS].age == pytest.approx(1.5)
     assert log.total() == 102
-
-
-# Names.
-
-
-def at(x: float) -> np.ndarray:
-    return np.array([x, 0.0, 1.0])
-
-
-def test_names_follow_positions_not_the_order_of_segments() -> None:
-    namer = InstanceNamer()
-    assert namer.assign(["cup", "cup", "box"], [at(0.0), at(0.5), at(0.1)]) == ["cup_0", "cup_1", "box_0"]
-    assert namer.assign(["cup", "box", "cup"], [at(0.52), at(0.1), at(0.03)]) == ["cup_1", "box_0", "cup_0"]
-
-
-def test_a_new_instance_takes_the_smallest_free_number() -> None:
-    namer = InstanceNamer()
-    namer.assign(["cup", "cup"], [at(0.0), at(0.5)])
-    assert namer.assign(["cup"], [at(0.49)]) == ["cup_1"]
-    assert namer.assign(["cup", "cup"], [at(0.9), at(0.5)]) == ["cup_0", "cup_1"]
-
-
-def test_equal_distances_are_settled_the_same_way_every_time() -> None:
-    for _ in range(3):
-        namer = InstanceNamer()
-        namer.assign(["cup", "cup"], [at(-1.0), at(1.0)])
-        assert namer.assign(["cup", "cup"], [at(0.0), at(0.0)]) == ["cup_0", "cup_1"]
