@@ -1,4 +1,4 @@
-"""The node's ROS-free parts: pairing by stamp, the newest-wins worker, counted drops, instance names."""
+"""The node's ROS-free parts: pairing by stamp, the newest-wins worker, counted drops."""
 
 from __future__ import annotations
 
