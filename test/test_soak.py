@@ -38,7 +38,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
             masks = bags.segments_message(segments, head, HEIGHT, WIDTH)
             writer.write("/segmentation", bags.SEGMENTS, index, masks)
     (folder / "soak.md").write_text(
-        "# Soak\n\nWords before.\n\n<!-- soak: begin -->\nold\n<!-- soak: end -->\n\nafter\n"
+        "# Soak\n\nWords before.\n\n<!-- soak: begin -->\noutworn\n<!-- soak: end -->\n\nafter\n"
     )
     command = [sys.executable, str(ROOT / "scripts" / "soak"), "--folder", str(folder / "run")]
     command += ["--meshes", str(meshes), "--recording", str(folder / "recording")]
@@ -90,7 +90,7 @@ def test_the_table_takes_the_place_of_the_old_one(short_run) -> None:
     _, folder = short_run
     text = (folder / "soak.md").read_text()
     assert text.startswith("# Soak\n\nWords before.\n") and text.endswith("\n\nafter\n")
-    assert "old" not in text
+    assert "outworn" not in text
     assert text.count("| good frames among them answered | 2 of 2 | all | yes |") == 1
     assert "- machine: " in text and "--malformed 20" in text
     assert not list(folder.glob(".*partial"))

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     try:
         seconds = soak.start_node()
-        soak.tell("node ready and first frame answered, objects onboarded", f"{seconds:.1f} s")
+        soak.tell("node ready, objects onboarded", f"{seconds:.1f} s")
         phases.load(soak, args.duration)
         phases.publisher_dies(soak)
         phases.listener_dies(soak)

@@ -93,7 +93,7 @@ class Soak:
         return code
 
     def start_node(self) -> float:
-        """Start the node; returns the seconds until it was ready and had answered once.
+        """Start the node; returns the seconds until it was ready.
 
         Raises:
             SoakError: it ended, or took too long.
@@ -105,8 +105,6 @@ class Soak:
             raise SoakError(f"the node was not ready after {10 * PATIENCE:g} s; see {self.node.log_path}")
         if not self.node.alive:
             raise SoakError(f"the node ended; see {self.node.log_path}")
-        if self.client.ask(self.view(), PATIENCE) is None:
-            raise SoakError(f"the node did not answer its first frame; see {self.node.log_path}")
         return time.monotonic() - started
 
     def news(self) -> None:
@@ -317,23 +315,15 @@ def malformed(soak: Soak, count: int, number: int) -> None:
 
 
 def node_dies(soak: Soak) -> None:
-    """The node is killed while images come, and started again."""
-    publisher = soak.publisher("through.log")
-    client = soak.client
+    """The node is killed while images and segmentations come, and started again."""
+    client, publisher = soak.client, soak.publisher("through.log")
     client.wait_for(lambda: publisher.new_stamps, PATIENCE)
     soak.node.kill()
-    seconds = soak.start_node()
-    from_now = len(publisher.new_stamps)
-    fine = client.wait_for(
-        lambda: any(s in client.answered for s in publisher.new_stamps[from_now:]), PATIENCE
-    )
+    seconds, before = soak.start_node(), set(client.answered)
+    fine = client.wait_for(lambda: set(publisher.new_stamps) & set(client.answered) - before, PATIENCE)
     publisher.stop()
-    soak.tell(
-        "kill -9 of the node, started again",
-        f"{_answered(fine)}, ready after {seconds:.1f} s",
-        "answered",
-        fine,
-    )
+    found = f"{_answered(fine)}, ready after {seconds:.1f} s"
+    soak.tell("kill -9 of the node, started again", found, "answered", fine)
 
 
 def latency(soak: Soak, asks: int) -> None:
