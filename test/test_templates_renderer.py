@@ -213,6 +213,15 @@ def test_scene_of_several_instances_is_the_nearest_of_each_alone(renderer: MeshR
     assert (again.depth == alone[0].depth).all(), "the others have left the picture"
 
 
+def test_of_surfaces_in_the_same_place_the_first_one_given_is_seen(renderer: MeshRenderer) -> None:
+    colours = ((200, 0, 0, 255), (0, 200, 0, 255), (0, 0, 200, 255))
+    quads = [quad(trimesh.visual.ColorVisuals(vertex_colors=[colour] * 4)) for colour in colours]
+    T_cam_obj = pose((0, 0, 0.6), (0, 0, 0))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 1, 0), (0, 2), (2, 2, 1)):  # also with others left from before
+        view = renderer.render_scene([(quads[i : i + 1], T_cam_obj) for i in order], K, 40, 30)
+        assert (view.rgb[view.mask] == colours[order[0]][:3]).all()
+
+
 def test_sizes_may_change_from_call_to_call(renderer: MeshRenderer) -> None:
     box = coloured_box()
     for width, height in ((40, 30), (200, 150), (33, 47), (40, 30)):

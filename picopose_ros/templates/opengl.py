@@ -242,7 +242,7 @@ def make_renderer(antialias: bool) -> Any:
 
         def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
             # pyrender keeps nodes in a set: where two surfaces are equally near, addresses would decide.
-            return sorted(scene.mesh_nodes, key=lambda node: node.name or "")
+            return sorted(scene.mesh_nodes, key=lambda node: getattr(node, "order", 0))
 
         def _configure_main_framebuffer(self) -> None:
             size = (self.viewport_width, self.viewport_height)

@@ -208,7 +208,7 @@ class _Upload:
             scene.add_node(self._nodes[instance])
             self._shown += 1
         scene.set_pose(self._nodes[instance], pose)
-        self._nodes[instance].name = f"{order:06d}"  # the renderer draws by it
+        self._nodes[instance].order = order  # the renderer draws by it
 
     def show(self, scene: Any, count: int) -> None:
         """Leave ``count`` instances in the picture. The first node stays in the scene: it holds the mesh."""
