@@ -23,9 +23,9 @@ from picopose_ros.templates.renderer import MeshRenderer, Rendering
 from picopose_ros.templates.viewpoints import icosphere
 
 #: An object with a smaller margin is ambiguous. Chosen by looking at some 20 objects with margins of .02 to
-#: .35, 16 of other seeds than the benchmark's and 7 of its own: below it, one sees no difference in several of
-#: the directions; above it, print or marks tell the two poses apart in nearly all. No network was asked. On the
-#: benchmark's objects any value from .11 to .21 says the same.
+#: .35, 16 of other seeds than the benchmark's and 7 of its own: below it, one sees no difference in several
+#: of the directions; above it, print or marks tell the two poses apart in nearly all. No network was asked.
+#: On the benchmark's objects any value from .11 to .21 says the same.
 AMBIGUOUS_MARGIN = 0.15
 #: A rotation that changes less than this share of the pixels in each of six directions is a symmetry.
 SYMMETRY_SHARE = 0.04
