@@ -52,6 +52,9 @@ class Run:
 
 RUNS = {
     "main": Run("True masks", HELDOUT, ("--scenes", "480")),
+    "second": Run(
+        "A second look (an option of the estimator)", HELDOUT, ("--scenes", "192", "--second-look")
+    ),
     "masks": Run("Masks as a segmenter makes them", HELDOUT, ("--scenes", "240", "--mask-noise")),
     "background": Run("Background not masked", HELDOUT, ("--scenes", "240", "--background")),
     "clutter": Run(
