@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from picopose_ros.training.pool import build_pool
 from picopose_ros.training.train import TrainConfig, Trainer
 
 ROOT = Path(__file__).parent.parent
-STEPS = 2
+STEPS, BROKEN = 2, 3
+"""Steps that are compared; the step after them, in which one of two processes gets a loss of NaN."""
 
 # BatchNorm with fixed statistics, in every process: on a CPU it is the one thing that depends on how a batch
 # is divided. Evaluations are left out for the sake of time, and gradients written down.
@@ -27,12 +29,12 @@ _CHILD = """
 import sys
 import torch
 from picopose_ros.cli.main import main
-from picopose_ros.training import train
+from picopose_ros.training import objective, train, trainer
 from picopose_ros.training.trainer import Trainer
 sys.path.insert(0, sys.argv[1])
-from test_training_ddp import fix_statistics, note_gradients
+from test_training_ddp import BROKEN, fix_statistics, note_gradients
 torch.set_num_threads(1)
-train._VALIDATION_BATCHES = 1
+train._VALIDATION_BATCHES = trainer.SETTLING_BATCHES = 1
 train._Report.evaluate = lambda report: report._curves.add({"step": report._trainer.step, **report._smooth})
 begin = Trainer.__init__
 def patched(self, config):
@@ -40,6 +42,12 @@ def patched(self, config):
     fix_statistics(self)
     note_gradients(self)
 Trainer.__init__ = patched
+real, calls = objective.training_losses, []
+def losses(*arguments):
+    calls.append(0)
+    broken = len(calls) == BROKEN and train.distributed.world()[0] == 1
+    return {name: value * float("nan" if broken else 1) for name, value in real(*arguments).items()}
+objective.training_losses = losses
 raise SystemExit(main(sys.argv[2:]))
 """
 
@@ -58,7 +66,9 @@ def note_gradients(trainer: Trainer) -> None:
 
     def step(batch: object) -> dict[str, float]:
         losses = real(batch)
-        gradient = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+        gradient = {
+            name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+        }
         weights = dict(trainer.model.state_dict())
         content = {"losses": losses, "gradient": gradient, "weights": weights}
         torch.save(content, trainer.out / f"step{trainer.step}_rank{trainer.rank}.pt")
@@ -74,7 +84,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = {
         "pool": str(folder / "pool"),
         "validation_pool": str(folder / "pool"),
-        "steps": STEPS,
+        "steps": BROKEN,
         "objects_per_step": 2,
         "shares": 2,
         "refine_pairs": 2,
@@ -95,6 +105,8 @@ def _run_alone(config: Path, out: Path) -> None:
     note_gradients(trainer)
     for batch in trainer.batches():
         trainer.train_step(batch)
+        if trainer.step == STEPS:
+            break
 
 
 def _run_two(config: Path, out: Path) -> None:
@@ -139,14 +151,18 @@ def test_two_processes_make_the_steps_of_one_with_fixed_batchnorm_statistics(
         for name, value in shared["weights"].items():
             torch.testing.assert_close(value, alone["weights"][name], rtol=1e-5, atol=2e-7)
             assert torch.equal(value, other["weights"][name]), name
+    before, first, second = _noted(two, STEPS), _noted(two, BROKEN), _noted(two, BROKEN, rank=1)
+    for noted in (first, second):  # both leave the broken step out
+        assert math.isnan(noted["losses"]["total"])
+        assert all(torch.equal(value, before["weights"][n]) for n, value in noted["weights"].items())
     # The first process alone writes, and what it wrote is a run that one process can go on with.
     assert {path.name for path in two.iterdir()} >= {"last.pt", "weights.safetensors", "curves.csv"}
     with (two / "curves.csv").open(newline="") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == [str(STEPS)]
-    alone = Trainer(TrainConfig.load(config, out=str(two), steps=STEPS))
-    assert alone.resume() and alone.step == STEPS
+        assert [row["step"] for row in csv.DictReader(file)] == [str(BROKEN)]
+    alone = Trainer(TrainConfig.load(config, out=str(two)))
+    assert alone.resume() and alone.step == BROKEN and alone.skipped == [BROKEN - 1]
     for name, value in alone.model.state_dict().items():
-        assert torch.equal(value, _noted(two, STEPS)["weights"][name]), name
+        assert torch.equal(value, before["weights"][name]), name
 
 
 def test_shares_are_divided_evenly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

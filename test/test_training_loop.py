@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from picopose_ros.errors import CheckpointError, ConfigError, PicoPoseError
 from picopose_ros.model import load_model
 from picopose_ros.model.network import Features
 from picopose_ros.training import train as train_module
+from picopose_ros.training import trainer as trainer_module
 from picopose_ros.training.config import _RULES
 from picopose_ros.training.curves import Curves
 from picopose_ros.training.data import Batch, make_batch
@@ -35,6 +36,7 @@ from picopose_ros.training.losses import flow_labels
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training.pictures import correspondence_picture
 from picopose_ros.training.pool import PoolReader, build_pool
+from picopose_ros.training.sources import Draw
 from picopose_ros.training.train import TrainConfig, Trainer, run, train, validate
 from picopose_ros.training.trainer import PATIENCE
 from picopose_ros.training.validation import _Errors
@@ -70,9 +72,10 @@ def batch(config: TrainConfig) -> Batch:
 
 
 @pytest.fixture(autouse=True)
-def few_validation_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_pairs_in_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "_VALIDATION_BATCHES", 2)
     monkeypatch.setattr(train_module, "_VALIDATION_OBJECTS", 1)
+    monkeypatch.setattr(trainer_module, "SETTLING_BATCHES", 2)
 
 
 @pytest.fixture
@@ -80,12 +83,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations that measure nothing."""
     monkeypatch.setattr(train_module, "validate", lambda *_: {"stage3_median": 1.0})
     monkeypatch.setattr(train_module, "correspondence_picture", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(Trainer, "settle", lambda _: None)
 
 
 _CHILD = """
 import sys, json
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training import train
+from picopose_ros.training.sources import Draw
 from picopose_ros.training.train import TrainConfig
 train._VALIDATION_BATCHES = 1
 values = json.loads(sys.argv[1]); values["difficulty"] = Difficulty(**values["difficulty"])
@@ -400,6 +405,27 @@ def test_broken_samples_are_named_once(
     train(replace(config, out=str(tmp_path), steps=3))
     assert (tmp_path / "skipped.txt").read_text() == "pool: a\npool: b\n"
     assert capsys.readouterr().out.count("pool: a") == 1
+
+
+def test_errors_of_loader_processes_stay_one_line(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: None
+) -> None:
+    def killed(_: Trainer) -> Iterator[Batch]:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        yield
+
+    run = replace(config, out=str(tmp_path), workers=1, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "batches", killed)
+        with pytest.raises(PicoPoseError, match="killed at step 0 .*fewer workers"):
+            train(run)
+
+    def broken(*_: object) -> Batch:
+        raise PicoPoseError("the message")
+
+    monkeypatch.setattr(Draw, "__call__", broken)  # forked loaders have it, too
+    with pytest.raises(PicoPoseError, match="^the message$"):
+        train(run)
 
 
 # The picture and the figures

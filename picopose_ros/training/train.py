@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from picopose_ros.cli.options import positive
-from picopose_ros.errors import ConfigError
+from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.training import distributed
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.curves import Curves, replace_file
@@ -72,6 +72,7 @@ def train(config: TrainConfig, until: int | None = None) -> Trainer:
         report = _Report(trainer, resumed, end) if trainer.rank == 0 else None
         skipped = _Skipped(trainer)
         stop = stack.enter_context(_Stop())
+        stack.enter_context(_explained(trainer))
         for batch in trainer.batches():
             if trainer.step >= end:
                 break
@@ -201,6 +202,20 @@ class _Stop:
         if distributed.world()[1] == 1:
             return self._flag
         return bool(mean_over_processes(torch.tensor(float(self._flag), device=device)) > 0)
+
+
+@contextlib.contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """Say what a killed loader process means; PyTorch raises it wherever the trainer happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise PicoPoseError(
+            f"a loader process was killed at step {trainer.step} ({error}): often for want of memory; with "
+            "fewer workers the same command goes on from what was saved last"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -61,11 +61,24 @@ def _keep_freed_memory() -> None:
 
 
 def _start_loader(_: int) -> None:
-    """In every loader process: one thread; Ctrl-C is the trainer's to handle."""
+    """In every loader process: one thread; signals are the trainer's to handle, which then needs batches."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Careful(torch.utils.data.Dataset[Batch | PicoPoseError]):
+    """Hands the package's errors on as they are; a loader would make of their message a traceback."""
+
+    def __init__(self, data: BatchDataset) -> None:
+        self._data = data
+
+    def __getitem__(self, step: int) -> Batch | PicoPoseError:
+        try:
+            return self._data[step]
+        except PicoPoseError as error:
+            return error
 
 
 def read_state(path: Path, device: str) -> dict[str, Any]:
@@ -115,7 +128,7 @@ class Trainer:
         )
         self._objective: nn.Module = Objective(self.model, config)
         if processes > 1:
-            self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False)
+            self._objective = DistributedDataParallel(self._objective)
         self.shipped = self.average
         """The averaged weights as they were at the last `settle`."""
         self._settling: list[tuple[int, Batch]] | None = None
@@ -358,14 +371,21 @@ class Trainer:
                 mean.copy_(value)
 
     def batches(self) -> Iterator[Batch]:
-        """This process's shares of the batches from the current step on."""
+        """This process's shares of the batches from the current step on.
+
+        Raises:
+            PicoPoseError: a source has nothing to give.
+        """
         config = self.config
         loader = torch.utils.data.DataLoader(
-            BatchDataset(Draw(config), self.shares, config.steps),
+            _Careful(BatchDataset(Draw(config), self.shares, config.steps)),
             batch_size=None,
             sampler=range(self.step, config.steps),
             num_workers=config.workers,
             prefetch_factor=4 if config.workers else None,
             worker_init_fn=_start_loader,
         )
-        return iter(loader)
+        for batch in loader:
+            if isinstance(batch, PicoPoseError):
+                raise batch
+            yield batch
