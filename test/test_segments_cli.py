@@ -483,8 +483,8 @@ def image(stamp: int) -> Image:
 
 
 def test_the_stream_of_a_camera_gets_its_segments(write, recording, tmp_path):
-    """Two streams at once: a reliable raw one with a table of its stamps, and a best-effort compressed one of
-    a scene that stands still."""
+    """Two streams at once: a reliable raw one, numbered by the recording that is played, and a best-effort
+    compressed one of a scene that stands still."""
     domain = 1 + (os.getpid() * 13 + 7) % 100
     environment = {
         **os.environ,
@@ -493,10 +493,8 @@ def test_the_stream_of_a_camera_gets_its_segments(write, recording, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     path = str(write([*DETECTIONS, BROKEN["no mask"]]))
-    table = tmp_path / "stamps.csv"
-    table.write_text("image_id,stamp\n" + "\n".join(f"{i},{stamp}" for i, stamp in enumerate(STAMPS)))
     commands = [
-        [path, "--image", "/moving/image", "--segmentation", "/moving/segments", "--stamps", str(table)],
+        [path, "--image", "/camera/image", "--segmentation", "/moving/segments", "--bag", str(recording)],
         [path, "--image", "/still/image", "--segmentation", "/still/segments", "--still", "2"],
     ]
     processes = [
@@ -512,7 +510,7 @@ def test_the_stream_of_a_camera_gets_its_segments(write, recording, tmp_path):
     camera = Camera(domain)
     try:
         moving, still = camera.listen("/moving/segments"), camera.listen("/still/segments")
-        raw = camera.publisher(Image, "/moving/image", ReliabilityPolicy.RELIABLE)
+        raw = camera.publisher(Image, "/camera/image", ReliabilityPolicy.RELIABLE)
         compressed = camera.publisher(CompressedImage, "/still/image", ReliabilityPolicy.BEST_EFFORT)
 
         def all_subscribed() -> bool:

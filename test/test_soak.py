@@ -8,17 +8,30 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from node_harness import HEIGHT, WIDTH, K, make_scene, next_domain, write_meshes, write_weights
+from node_harness import (
+    HEIGHT,
+    WIDTH,
+    K,
+    camera_message,
+    image_message,
+    make_scene,
+    next_domain,
+    segments_message,
+    write_meshes,
+    write_weights,
+)
 
 from picopose_ros import bags
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.segmentation import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = sorted((ROOT / "config").glob("fastdds_*.xml"))
-WAIT = 900.0
+WAIT = 1800.0
 """Seconds on a machine that has a lot else to do."""
 
 
@@ -94,6 +107,58 @@ def test_the_table_takes_the_place_of_the_old_one(short_run) -> None:
     assert text.count("| good frames among them answered | 2 of 2 | all | yes |") == 1
     assert "- machine: " in text and "--malformed 20" in text
     assert not list(folder.glob(".*partial"))
+
+
+def test_malformed_messages_can_be_sent_and_follow_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case becomes bytes on the wire; the same seed gives the same ones."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "soak"))
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+    from malformed import Case, cases
+    from rclpy.serialization import serialize_message
+    from sensor_msgs.msg import Image
+    from world import View
+
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[50:90, 60:120] = True
+    masks = segments_message([Segment("block", 0.9, mask)] * 4, 1)
+    view = View(image_message(pixels, 1), camera_message(1), masks)
+
+    def told(message: Any) -> str:
+        """All of a message but pixels and padding, which is whatever was in memory."""
+        if isinstance(message, bytes):
+            return str(len(message))
+        serialize_message(message)
+        if isinstance(message, Image):
+            return (
+                f"{message.header} {message.encoding!r} {message.height} {message.width} {len(message.data)}"
+            )
+        return repr(message)
+
+    def run(number: int) -> tuple[list[str], list[str]]:
+        kinds: list[str] = []
+        content: list[str] = []
+
+        @seed(number)
+        @settings(
+            max_examples=150,
+            phases=[Phase.generate],
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases())
+        def collect(case: Case) -> None:
+            kinds.append(case.kind)
+            content.extend(told(message) for _, message in case.messages(view, 5))
+
+        collect()
+        return kinds, content
+
+    first = run(1)
+    assert len(first[0]) == 150 and len(set(first[0])) >= 20
+    assert run(1) == first
+    assert run(2) != first
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

@@ -442,7 +442,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stamps is not None:
         timeline = Timeline.from_csv(args.stamps, args.scene_id)
     elif args.bag is not None and args.still is None:
-        timeline = Timeline.from_bag(args.bag, args.image if args.out else None, args.first_image_id)
+        timeline = Timeline.from_bag(args.bag, _topic_of_bag(args), args.first_image_id)
     source = SegmentSource(detections, timeline, args.still, args.first_image_id)
     _say(source.problems.lines())
     before = dict(source.problems.counts)
@@ -457,6 +457,14 @@ def run(args: argparse.Namespace) -> int:
     if source.problems.counts != before:
         _say(source.problems.lines())
     return 1 if source.problems or not source.answered else 0
+
+
+def _topic_of_bag(args: argparse.Namespace) -> str | None:
+    """The images' topic in the recording: live, they may come under another name than they were recorded."""
+    if args.image is None or args.out is not None:
+        return args.image
+    with bags.BagReader(args.bag) as reader:
+        return args.image if any(c.topic == args.image for c in reader.connections) else None
 
 
 def _say(lines: Iterable[str]) -> None:
