@@ -87,10 +87,13 @@ class Client:
                 self._changed.wait(0.1)
         return True
 
-    def connected(self) -> bool:
-        """Whether the node listens and answers."""
-        return all(p.get_subscription_count() for p in self.publishers.values()) and bool(
-            self._node.count_publishers(f"/{NAMESPACE}/detections")
+    def ready(self) -> bool:
+        """Whether the node says that it is active, and its topics are connected.
+
+        The graph alone does not tell: for seconds it holds a node that was killed.
+        """
+        return self.values.get("state") == "active" and all(
+            publisher.get_subscription_count() for publisher in self.publishers.values()
         )
 
     def forget(self) -> None:

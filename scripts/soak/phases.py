@@ -101,7 +101,7 @@ class Soak:
         started = time.monotonic()
         self.client.forget()
         self.node.start()
-        if not self.client.wait_for(lambda: self.client.connected() or not self.node.alive, 10 * PATIENCE):
+        if not self.client.wait_for(lambda: self.client.ready() or not self.node.alive, 10 * PATIENCE):
             raise SoakError(f"the node was not ready after {10 * PATIENCE:g} s; see {self.node.log_path}")
         if not self.node.alive:
             raise SoakError(f"the node ended; see {self.node.log_path}")
