@@ -206,7 +206,7 @@ def main() -> int:
         for source, target in PICTURES:
             picture = cv2.imread(str(args.folder / source))
             if picture is not None:
-                coded = cv2.imencode(Path(target).suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+                coded = cv2.imencode(Path(target).suffix, picture)[1]
                 write_atomically(DOCUMENT.parent / target, coded.tobytes())
     return 0
 
