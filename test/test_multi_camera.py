@@ -6,6 +6,7 @@ PyPI has no launch packages, so recorders stand for them, as in test_launch.py; 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def launch_file() -> Iterator[types.ModuleType]:
             stand_in = types.ModuleType(name)
             stand_in.__dict__.update(contents)
             patch.setitem(sys.modules, name, stand_in)
-        patch.setenv("AMENT_PREFIX_PATH", sys.prefix)
+        patch.setenv("AMENT_PREFIX_PATH", os.environ.get("AMENT_PREFIX_PATH", sys.prefix))
         path = ROOT / "launch" / "multi_camera.launch.py"
         spec = importlib.util.spec_from_file_location("multi_camera_launch", path)
         module = importlib.util.module_from_spec(spec)
