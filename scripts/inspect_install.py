@@ -10,7 +10,7 @@ from ament_index_python.packages import get_package_prefix, get_package_share_di
 from rclpy.serialization import deserialize_message, serialize_message
 
 import picopose_ros
-from picopose_ros import msg, segmentation
+from picopose_ros import msg, segmentation, srv
 
 INSTALL = Path(os.environ["COLCON_PREFIX_PATH"].split(os.pathsep)[0]).resolve()
 
@@ -25,13 +25,17 @@ def inside(path: str | Path) -> bool:
 
 
 def main() -> None:
-    for module in (picopose_ros, msg, segmentation):
+    for module in (picopose_ros, msg, segmentation, srv):
         expect(inside(module.__file__), f"{module.__name__} comes from {module.__file__}, not from {INSTALL}")
 
     segment = msg.Segment(class_id="mug", encoding=msg.Segment.ENCODING_RLE, rle=[0, 4])
     message = msg.SegmentArray(height=2, width=2, segments=[segment])
     returned = deserialize_message(serialize_message(message), msg.SegmentArray)
     expect(returned == message, f"a message came back as {returned}")
+
+    request = srv.EstimatePoses.Request(segments=message, class_ids=["mug"], hypotheses=3)
+    returned = deserialize_message(serialize_message(request), srv.EstimatePoses.Request)
+    expect(returned == request, f"a request came back as {returned}")
 
     share = Path(get_package_share_directory("picopose_ros"))
     expect(inside(share), f"the ament index names {share}")

@@ -24,10 +24,10 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from picopose_ros.msg import SegmentArray
-from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import GetParameters, SetParameters
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.parameter import Parameter
+from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
@@ -439,6 +439,11 @@ class Client:
         request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
         result = self.call("set_parameters", SetParameters, request).results[0]
         return result.successful, result.reason
+
+    def parameter(self, name: str) -> object:
+        """The node's value of a parameter."""
+        response = self.call("get_parameters", GetParameters, GetParameters.Request(names=[name]))
+        return parameter_value_to_python(response.values[0])
 
     def state(self) -> str:
         """Label of the node's state."""

@@ -42,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     stop = StopRequest()
     stop.install()
+    # Broken images are told once, by this package; OpenCV would tell of every one.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.
     import rclpy
     from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor

@@ -19,6 +19,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
+from std_srvs.srv import Trigger
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection2DArray, Detection3DArray
 from visualization_msgs.msg import MarkerArray
@@ -41,17 +42,19 @@ from picopose_ros.node.frames import Frame, FrameRefused, ReadSegments, read_fra
 from picopose_ros.node.logs import RosLogHandler
 from picopose_ros.node.markers import MeshResource, clearing_markers, marker_array, mesh_resources
 from picopose_ros.node.objects import ObjectSet
-from picopose_ros.node.pairing import HalfJoin, Pair, StampPairing, format_stamp
+from picopose_ros.node.pairing import HalfJoin, Pair, PairingCounts, StampPairing, format_stamp
 from picopose_ros.node.parameters import (
     NodeParameters,
     declare_parameters,
     judge_parameters,
     read_parameters,
 )
+from picopose_ros.node.services import estimate_poses, reload_objects
 from picopose_ros.node.subscriptions import InputSubscription, OutputPublisher, reliability_is_given
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown, require_tf2_ros
 from picopose_ros.node.worker import NewestWorker
 from picopose_ros.overlay import OverlayPainter
+from picopose_ros.srv import EstimatePoses
 from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 try:
@@ -103,10 +106,12 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         self._loaded = ""
         self._stopping = threading.Event()
         self._finished = True
+        self._serving: set[str] = set()
         self._drops = DropLog(self.get_logger().warning)
         self._drops_reported = 0
         self._latencies = Latencies()
         self._rates = Rates()
+        self._counts = PairingCounts()
         self._frames_answered = 0
         self._poses_published = 0
         self._topics: dict[str, str] = {}
@@ -139,6 +144,12 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(HOUSEKEEPING_PERIOD, self._guard(self._housekeeping), clock=steady)
         self.create_timer(1.0, self._guard(self._publish_diagnostics), clock=steady)
+        for name, kind, callback in (
+            ("~/estimate_poses", EstimatePoses, self._estimate_poses),
+            ("~/reload_objects", Trigger, self._reload_objects),
+        ):
+            # Each on a thread of its own, because it waits for the worker.
+            self.create_service(kind, name, callback, callback_group=MutuallyExclusiveCallbackGroup())
         self._autostart = None
         if self._settings.autostart:
             self._autostart = self.create_timer(
@@ -171,7 +182,9 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             time.sleep(0.01)
         if self.state != "finalized":
             self.trigger_shutdown()
-        return self._finished
+        while self._serving and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._finished and not self._serving
 
     def destroy_node(self) -> None:
         """Destroy the node."""
@@ -290,8 +303,13 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             )
         with self._stream:
             self._pairing = StampPairing(
-                p.buffer_seconds, p.buffer_images, self._drops.record, on_jump=self._on_jump
+                p.buffer_seconds,
+                p.buffer_images,
+                self._drops.record,
+                on_jump=self._on_jump,
+                counts=self._counts,
             )
+            self._epoch = 0
             if p.segmentation_input == "detections":
                 self._halves = HalfJoin(
                     (self._topics["segmentation"], self._topics["labels"]), self._drops.record
@@ -546,19 +564,16 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         with self._stream:
             problems = [one.problem() for one in (*self._inputs, *self._outputs.values())]
             details |= {f"publishers_{one.topic}": str(one.publishers) for one in self._inputs}
-            pairing = self._pairing
-            counts = {}
-            if pairing is not None:
-                counts = {
-                    "images_received": pairing.counts.images,
-                    "camera_infos_received": pairing.counts.camera_infos,
-                    "segmentations_received": pairing.counts.segmentations,
-                    "pairs_made": pairing.counts.pairs,
-                    "images_buffered": len(pairing),
-                    "time_jumps": pairing.epoch,
-                }
-        counts["segmentations_answered"] = self._frames_answered
-        counts["poses_published"] = self._poses_published
+            counts = {
+                "images_received": self._counts.images,
+                "camera_infos_received": self._counts.camera_infos,
+                "segmentations_received": self._counts.segmentations,
+                "pairs_made": self._counts.pairs,
+                "images_buffered": 0 if self._pairing is None else len(self._pairing),
+                "time_jumps": self._counts.jumps,
+                "segmentations_answered": self._frames_answered,
+                "poses_published": self._poses_published,
+            }
         with self._tracking:
             if self._tracker is not None:
                 details["instances"] = ", ".join(self._tracker.names)
@@ -568,7 +583,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             state=self.state,
             hardware=device,
             counts=counts,
-            rates=self._rates.update(time.monotonic(), {name: counts.get(name, 0) for name in rated}),
+            rates=self._rates.update(time.monotonic(), {name: counts[name] for name in rated}),
             drops=self._drops.snapshot(),
             new_drops=dropped - self._drops_reported,
             latencies=self._latencies.summary(),
@@ -594,6 +609,52 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
     def _on_crash(self, error: Exception) -> None:
         trace = "".join(traceback.format_exception(error))
         self._drops.record(DropReason.INTERNAL_ERROR, f"unexpected error, please report it: {trace}")
+
+    # Services, each on a thread of its own.
+
+    def _estimate_poses(
+        self, request: EstimatePoses.Request, response: EstimatePoses.Response
+    ) -> EstimatePoses.Response:
+        engine, worker = self._engine, self._worker
+        if engine is None or worker is None or not worker.ready.is_set():
+            response.status = self._nothing_loaded()
+            return response
+        self._serving.add("estimate_poses")
+        try:
+            return estimate_poses(request, response, engine, worker, self._settings, self._rectified)
+        except Exception as error:  # noqa: BLE001 (whoever asks must get an answer)
+            self._on_crash(error)
+            response.success, response.status = False, f"unexpected error: {error}"
+            return response
+        finally:
+            self._serving.discard("estimate_poses")
+
+    def _reload_objects(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        engine, worker = self._engine, self._worker
+        if engine is None or worker is None or not worker.ready.is_set():
+            response.message = self._nothing_loaded()
+            return response
+        self._serving.add("reload_objects")
+        try:
+            reload_objects(response, engine, worker, self._on_progress, self._use_objects)
+        except LoadingInterrupted:
+            response.message = "nothing changed: the node was cleaned up or shut down meanwhile"
+        except Exception as error:  # noqa: BLE001 (whoever asks must get an answer)
+            self._on_crash(error)
+            response.success, response.message = False, f"unexpected error: {error}"
+        finally:
+            self._serving.discard("reload_objects")
+        self._progress = ""
+        # One call per severity: a rclpy logger refuses another severity from the same line.
+        if response.success:
+            self.get_logger().info(f"reload_objects: {response.message}")
+        else:
+            self.get_logger().error(f"reload_objects: {response.message}")
+        return response
+
+    def _nothing_loaded(self) -> str:
+        name = self.get_fully_qualified_name()
+        return f"{name} is {self.state}, so nothing is loaded: ros2 lifecycle set {name} configure"
 
     # Inference, on the worker's thread.
 

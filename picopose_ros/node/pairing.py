@@ -60,12 +60,13 @@ class _Timed:
 
 @dataclass
 class PairingCounts:
-    """How many messages came in on each topic, and how many pairs went out."""
+    """How many messages came in on each topic, how many pairs went out, how often time started over."""
 
     images: int = 0
     camera_infos: int = 0
     segmentations: int = 0
     pairs: int = 0
+    jumps: int = 0
 
 
 class StampPairing:
@@ -82,6 +83,7 @@ class StampPairing:
         report: called with a reason and a message for every segmentation that can't be paired.
         on_jump: called with a message when the images' stamps have jumped back: a recording starts over, or
             the simulation. Everything older is forgotten then, and :attr:`epoch` counts one more.
+        counts: to go on with.
 
     Attributes:
         counts: of what came in and went out.
@@ -95,6 +97,7 @@ class StampPairing:
         report: Callable[[DropReason, str], None],
         patience: float = 1.0,
         on_jump: Callable[[str], None] = lambda message: None,
+        counts: PairingCounts | None = None,
     ) -> None:
         self._duration = duration
         self._capacity = capacity
@@ -108,7 +111,7 @@ class StampPairing:
         self._infos_are_stamped = False
         self._waiting: deque[tuple[int, _Timed]] = deque()
         self._gone: OrderedDict[int, None] = OrderedDict()
-        self.counts = PairingCounts()
+        self.counts = counts or PairingCounts()
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -197,6 +200,7 @@ class StampPairing:
         self._newest_info = infos[-1][1].payload if infos else latched
         self._newest_stamp = stamp
         self.epoch += 1
+        self.counts.jumps += 1
         self._on_jump(
             f"time has jumped back from {format_stamp(newest)} to {format_stamp(stamp)}, as when a recording "
             f"starts over: {images} images and all instances are forgotten"

@@ -163,7 +163,9 @@ def _once(client: Client) -> bool:
 
 
 def _memory(soak: Soak, memory: list[tuple[float, int]]) -> None:
-    """Growth from the 30 s after the warm-up to the last 30 s."""
+    """Growth from the 30 s after the warm-up to the last 30 s; all of it goes into ``memory.csv``."""
+    lines = ["seconds,bytes", *(f"{moment:.1f},{size}" for moment, size in memory)]
+    (soak.folder / "memory.csv").write_text("\n".join(lines) + "\n")
     last = memory[-1][0]
     peak = f"{max(size for _, size in memory) / 2**20:.0f} MiB"
     if last < WARM_UP + 60:
