@@ -46,6 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.
     import rclpy
+    from rclpy.exceptions import InvalidHandle
     from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
     from rclpy.logging import get_logger
     from rclpy.signals import SignalHandlerOptions
@@ -71,6 +72,8 @@ def main(args: Sequence[str] | None = None) -> int:
             executor.spin_once(timeout_sec=0.2)
         except ExternalShutdownException:
             break
+        except InvalidHandle:
+            pass  # of a topic that a transition closed while something came in on it
         except Exception as error:  # noqa: BLE001 (of rclpy's own callbacks; ours don't raise)
             node.get_logger().error("".join(traceback.format_exception(error)))
     finished = node.close(STOP_SECONDS)
