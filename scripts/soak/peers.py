@@ -3,22 +3,25 @@
     peers.py publisher RECORDING LOG --image-rate 30 --segmentation-rate 10
     peers.py listener LOG
 
-LOG gets a line per segmentation before it is sent, or per answer when it has come: its stamp in ns.
+LOG gets a line per segmentation that was sent, or per answer that has come: its stamp in ns.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
 from collections import deque
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import rclpy
 from picopose_ros.msg import SegmentArray
 from rclpy.duration import Duration
 from rclpy.node import Node
+from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, Image
@@ -45,7 +48,7 @@ class Stop:
         self.requested = True
 
 
-def publish(node: Node, args: argparse.Namespace, stop: Stop) -> None:
+def be_camera(node: Node, args: argparse.Namespace, stop: Stop) -> None:
     """Images at a steady rate, some with a segmentation later, until told to stop; then all is delivered."""
     views = load_views(args.recording)
     images = node.create_publisher(Image, "image", QoSProfile(depth=10))
@@ -56,19 +59,28 @@ def publish(node: Node, args: argparse.Namespace, stop: Stop) -> None:
     every = round(args.image_rate / args.segmentation_rate) if args.segmentation_rate else 0
     due: deque[tuple[int, int, int]] = deque()  # frame number, stamp, view
 
+    def publish(publisher: Publisher, message: Any) -> bool:
+        """Whether the middleware took it; it may refuse while a killed reader is still on the graph."""
+        try:
+            publisher.publish(message)
+        except RuntimeError as error:
+            print(f"{publisher.topic_name}: {error}", file=sys.stderr)
+            return False
+        return True
+
     with args.log.open("a", buffering=1) as log:
 
         def send_due(before: int) -> None:
             while due and due[0][0] <= before:
                 _, stamp, view = due.popleft()
-                log.write(f"{stamp}\n")
-                segmentations.publish(stamped(views[view].segmentation, stamp))
+                if publish(segmentations, stamped(views[view].segmentation, stamp)):
+                    log.write(f"{stamp}\n")
 
         started, number = time.monotonic(), 0
         while not stop.requested:
             stamp, view = time.time_ns(), number % len(views)
-            images.publish(stamped(views[view].image, stamp))
-            infos.publish(stamped(views[view].camera_info, stamp))
+            publish(images, stamped(views[view].image, stamp))
+            publish(infos, stamped(views[view].camera_info, stamp))
             if every and number % every == 0:
                 due.append((number + DELAY_FRAMES, stamp, view))
             send_due(number)
@@ -79,7 +91,7 @@ def publish(node: Node, args: argparse.Namespace, stop: Stop) -> None:
         publisher.wait_for_all_acked(Duration(seconds=30))
 
 
-def listen(node: Node, args: argparse.Namespace, stop: Stop) -> None:
+def be_listener(node: Node, args: argparse.Namespace, stop: Stop) -> None:
     """Write down what comes, until told to stop."""
     with args.log.open("a", buffering=1) as log:
         node.create_subscription(
@@ -98,10 +110,10 @@ def main() -> None:
     publisher.add_argument("log", type=Path)
     publisher.add_argument("--image-rate", type=float, default=30.0)
     publisher.add_argument("--segmentation-rate", type=float, default=10.0)
-    publisher.set_defaults(run=publish)
+    publisher.set_defaults(run=be_camera)
     listener = roles.add_parser("listener")
     listener.add_argument("log", type=Path)
-    listener.set_defaults(run=listen)
+    listener.set_defaults(run=be_listener)
     args = parser.parse_args()
     stop = Stop()
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
