@@ -351,7 +351,7 @@ class PoseEstimator:
             CameraError: the camera can't be used or is of another image size.
         """
         _check_image(rgb, camera)
-        clock = _Clock(self.device)
+        clock = StageClock(self.device)
         queries, skipped = self._prepare(rgb, segments)
         clock.lap("crop")
         poses: list[ObjectPose] = []
@@ -415,7 +415,7 @@ class PoseEstimator:
                     for row, query in enumerate(queries)
                     for t in templates[query.index]
                 ]
-                hypotheses = self._regress(queries, features, chosen, _Clock(self.device), True, given)
+                hypotheses = self._regress(queries, features, chosen, StageClock(self.device), True, given)
             for position, query in enumerate(queries):
                 own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
                 attempts = [self._attempt(query, hypothesis, camera) for hypothesis in own]
@@ -493,7 +493,7 @@ class PoseEstimator:
         queries: list[Query],
         features: Features,
         chosen: list[tuple[int, int, float]],
-        clock: _Clock,
+        clock: StageClock,
         trace: bool,
         affines: Sequence[np.ndarray | None] | None = None,
     ) -> list[Hypothesis]:
@@ -568,7 +568,7 @@ class PoseEstimator:
         features: Features,
         attempted: Sequence[Sequence[_Attempt]],
         camera: CameraModel,
-        clock: _Clock,
+        clock: StageClock,
         trace: bool,
     ) -> list[dict[int, _Attempt]]:
         """Second looks per query, by the attempt that they started from: the best one's.
@@ -859,7 +859,7 @@ def _concatenate(parts: Sequence[Features]) -> Features:
     return Features(taps, torch.cat([part.descriptors for part in parts]))
 
 
-class _Clock:
+class StageClock:
     """Milliseconds by stage; a stage may be lapped more than once."""
 
     def __init__(self, device: torch.device) -> None:
