@@ -42,3 +42,7 @@ class SegmentError(PicoPoseError):
 
 class BagError(PicoPoseError):
     """A rosbag2 file that cannot be read or written."""
+
+
+class DatasetError(PicoPoseError):
+    """A BOP dataset or a results file that cannot be used."""
