@@ -7,7 +7,7 @@ import pytest
 from parity import load_parity
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.templates.viewpoints import icosphere, viewpoint_rotations
+from picopose_ros.templates.viewpoints import icosphere, spread_viewpoints, viewpoint_rotations
 
 
 @pytest.mark.parametrize("count", [42, 162, 642])
@@ -58,3 +58,38 @@ def test_the_released_networks_poses_are_ours() -> None:
 def test_other_numbers_of_views_are_refused(count: int) -> None:
     with pytest.raises(ConfigError, match="42, 162, 642"):
         viewpoint_rotations(count)
+
+
+def _apart_and_covering(count: int, of: int = 162) -> tuple[float, float]:
+    """Degrees between the two nearest of the chosen views; from a view to the nearest of them, at most."""
+    cameras = -viewpoint_rotations(of)[:, 2]
+    chosen = cameras[spread_viewpoints(count, of)]
+    apart = (chosen @ chosen.T - 2 * np.eye(count)).max()
+    covering = (cameras @ chosen.T).max(axis=1).min()
+    return tuple(np.rad2deg(np.arccos(np.clip([apart, covering], -1, 1))))
+
+
+def test_fewer_views_are_spread_evenly() -> None:
+    assert _apart_and_covering(2) == pytest.approx((180, 90))
+    assert _apart_and_covering(6)[0] == pytest.approx(90)  # an octahedron
+    apart, covering = _apart_and_covering(42)
+    assert apart == pytest.approx(31.72, abs=0.01) and covering < 18.1
+    # The first 42 leave half of the sphere out.
+    cameras = -viewpoint_rotations(162)[:, 2]
+    assert np.rad2deg(np.arccos((cameras @ cameras[:42].T).max(axis=1).min())) > 90
+    for count in (1, 5, 7, 20):
+        ids = spread_viewpoints(count)
+        assert len(set(ids.tolist())) == count and (np.diff(ids) > 0).all()
+    assert _apart_and_covering(7)[0] > 65  # at best 77.9 anywhere on the sphere
+
+
+def test_42_views_of_a_finer_bank_are_the_coarser_bank() -> None:
+    for fine in (162, 642):
+        chosen = viewpoint_rotations(fine)[spread_viewpoints(42, fine)]
+        np.testing.assert_allclose(chosen, viewpoint_rotations(42), atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 163])
+def test_more_views_than_there_are_cannot_be_chosen(count: int) -> None:
+    with pytest.raises(ConfigError, match="take 1 to 162"):
+        spread_viewpoints(count)

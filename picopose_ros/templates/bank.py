@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ _ARRAYS = (
     "descriptors",
     "extents",
 )
+
+_PER_TEMPLATE = tuple(name for name in _ARRAYS if name not in ("centre", "K", "extents"))
 
 _log = logging.getLogger(__name__)
 
@@ -139,6 +141,11 @@ class TemplateBank:
             side = int(self.boxes[int(index), 2])
             crops.append(crop_rgb(self.images[int(index)], CropBox(0, 0, side)))
         return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, CROP_SIZE, CROP_SIZE)
+
+    def select(self, ids: Sequence[int] | np.ndarray) -> TemplateBank:
+        """The bank of the templates ``ids`` (n,) alone, in this order."""
+        ids = np.asarray(ids, np.intp)
+        return replace(self, **{name: getattr(self, name)[ids] for name in _PER_TEMPLATE})
 
 
 @dataclass(frozen=True)

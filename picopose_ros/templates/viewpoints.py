@@ -77,3 +77,57 @@ def viewpoint_rotations(count: int = 162) -> np.ndarray:
         x /= np.linalg.norm(x)
         rotation[:] = x, np.cross(z, x), z
     return rotations
+
+
+def spread_viewpoints(count: int, of: int = 162) -> np.ndarray:
+    """Evenly spread views among those of :func:`viewpoint_rotations`: a smaller bank's templates.
+
+    Where a coarser icosphere has so many vertices (12, 42, 162), these. Otherwise the views of least
+    repulsion, as of equal charges on a sphere (6: the corners of an octahedron; 2: opposite each other), the
+    first in order of equally good ones.
+
+    Args:
+        count: of the views. of: number of views to choose from: 42, 162 or 642.
+
+    Returns:
+        (count,) indices, ascending.
+
+    Raises:
+        ConfigError: there are not so many views.
+    """
+    cameras = -viewpoint_rotations(of)[:, 2]
+    if not 1 <= count <= of:
+        raise ConfigError(f"cannot take {count} views of {of}: take 1 to {of}")
+    for subdivisions in range(len(VIEWPOINT_COUNTS) + 1):
+        if count == 10 * 4**subdivisions + 2:
+            nearest = (icosphere(subdivisions) @ cameras.T).argmax(axis=1)
+            return np.sort(nearest)
+    distances = np.linalg.norm(cameras[:, None] - cameras[None], axis=2)
+    repulsion = 1.0 / np.where(distances > 0, distances, np.inf)
+    best, least = np.arange(count), np.inf
+    for start in range(of):
+        chosen = _least_repulsion(repulsion, start, count)
+        energy = repulsion[np.ix_(chosen, chosen)].sum()
+        if energy < least - 1e-9:
+            best, least = chosen, energy
+    return np.sort(best)
+
+
+def _least_repulsion(repulsion: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Take the view that the ones taken repel least, again and again; then move each as long as it helps."""
+    taken = np.zeros(len(repulsion), bool)
+    taken[start] = True
+    while taken.sum() < count:
+        taken[np.where(taken, np.inf, repulsion[taken].sum(axis=0).round(9)).argmin()] = True
+    moved = True
+    while moved:
+        moved = False
+        for view in np.flatnonzero(taken):
+            taken[view] = False
+            energy = np.where(taken, np.inf, repulsion[taken].sum(axis=0))
+            better = energy.argmin()
+            if energy[better] < energy[view] - 1e-9:
+                taken[better] = moved = True
+            else:
+                taken[view] = True
+    return np.flatnonzero(taken)
