@@ -1,4 +1,6 @@
-"""Fixtures of the tests that start the node: one world for all of them, one node for each module.
+"""Fixtures that several modules share: a miniature BOP dataset, and what the tests of the node start.
+
+Those have one world for all of them, and one node for each module.
 
 A module says in ``NODE`` with which parameters its node is started, in ``NAMESPACE`` where, and in
 ``CONNECTED`` whether it listens by itself.
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:  # everything else is tested without ROS
+    from mini_bop import MiniBop
     from node_harness import Client, NodeProcess, Scene
 
 
@@ -65,3 +68,11 @@ def client(request: pytest.FixtureRequest, node: NodeProcess) -> Iterator[Client
         client.wait_until_connected(node)
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def mini_bop(tmp_path_factory: pytest.TempPathFactory) -> MiniBop:
+    """The miniature BOP dataset. Copy what you break."""
+    from mini_bop import make_mini_bop
+
+    return make_mini_bop(tmp_path_factory.mktemp("bop"))

@@ -1,4 +1,4 @@
-"""A dataset of the BOP benchmark on disk (https://github.com/thodan/bop_toolkit, docs/bop_datasets_format.md).
+"""A dataset of the BOP benchmark on disk (bop_toolkit, docs/bop_datasets_format.md).
 
 Read as it is needed, and every file that cannot be used is named. Lengths are metres here and millimetres in
 the files.
@@ -186,7 +186,8 @@ class BopDataset:
             DatasetError: there is none.
         """
         folder = self._scene_dir(scene_id)
-        found = _find([folder / name / f"{image_id:06d}{suffix}" for name in _FOLDERS for suffix in _SUFFIXES])
+        names = [f"{image_id:06d}{suffix}" for suffix in _SUFFIXES]
+        found = _find([folder / kind / name for kind in _FOLDERS for name in names])
         if found is None:
             raise DatasetError(
                 f"scene {scene_id} has no image {image_id}: no {image_id:06d}{'/'.join(_SUFFIXES)} in "
