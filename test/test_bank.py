@@ -98,6 +98,21 @@ def test_shapes_and_types(bank: TemplateBank) -> None:
     assert bank.diameter == pytest.approx(0.16, rel=1e-3)
 
 
+def test_some_templates_are_a_bank_too(bank: TemplateBank) -> None:
+    ids = [7, 0, 41, 7]
+    part = bank.select(ids)
+    assert len(part) == 4 and part.class_id == "egg" and part.diameter == bank.diameter
+    for name in bank_module._ARRAYS:
+        whole, some = getattr(bank, name), getattr(part, name)
+        expected = whole[ids] if len(whole) == VIEWS else whole
+        assert some.dtype == whole.dtype and np.array_equal(some, expected), name
+    assert np.array_equal(part.centres, bank.centres[ids])
+    assert torch.equal(part.crops([2, 3]), bank.crops([41, 7]))
+    assert not np.shares_memory(part.descriptors, bank.descriptors), "the large bank can be forgotten"
+    with pytest.raises(IndexError):
+        bank.select([VIEWS])
+
+
 def test_object_is_centred_whatever_its_origin(bank: TemplateBank, mesh: ObjectMesh) -> None:
     assert np.allclose(bank.centre, OFFSET, atol=1e-6)
     assert np.allclose(bank.T_ctr_obj @ [*OFFSET, 1], [0, 0, 0, 1], atol=1e-6)
