@@ -27,14 +27,8 @@ from sensor_msgs.msg import CompressedImage, Image
 from picopose_ros import bags
 from picopose_ros.cli.images import write_scene
 from picopose_ros.cli.main import main
-from picopose_ros.cli.segments import (
-    CnosDetections,
-    Problems,
-    SegmentSource,
-    Timeline,
-    read_class_names,
-    write_bag,
-)
+from picopose_ros.cli.segments import SegmentSource, Timeline, read_class_names, write_bag
+from picopose_ros.cnos import CnosDetections, Problems
 from picopose_ros.errors import BagError, SegmentError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.node.conversions import segments_from_message, stamp_to_nanoseconds

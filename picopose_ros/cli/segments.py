@@ -12,131 +12,16 @@ import argparse
 import csv
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from picopose_ros import bags
+from picopose_ros.cnos import CnosDetections, Problems
 from picopose_ros.errors import BagError, ConfigError, SegmentError
-from picopose_ros.segmentation import ClassNames, Segment, segments_from_cnos
-
-NAMED = 5
-"""How many problems of a kind are named one by one; the others are counted."""
-
-
-class Problems:
-    """What could not be used: counted by kind, the first ones named."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._named: dict[str, list[str]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def add(self, kind: str, name: str) -> None:
-        """Count one; ``name`` says which one it is and what is wrong with it."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        named = self._named.setdefault(kind, [])
-        if len(named) < NAMED:
-            named.append(name)
-
-    def lines(self) -> list[str]:
-        """One line per kind, most frequent first."""
-        lines = []
-        for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
-            more = count - len(self._named[kind])
-            lines.append(
-                f"{count} x {kind}: " + "; ".join(self._named[kind]) + f"; and {more} more" * (more > 0)
-            )
-        return lines
-
-
-class CnosDetections:
-    """The entries of a CNOS file by image. Each is judged by itself: a bad one takes no other with it.
-
-    Masks stay run lengths until they are asked for: those of a BOP data set would not fit into memory.
-
-    Args:
-        path: the JSON file.
-        scene_id: which scene is meant; needed only where the file has several.
-        class_names: category -> class id; by default BOP's mesh names (``obj_000005``).
-        min_score: entries with a lower score are left out.
-        problems: where bad entries are counted.
-
-    Raises:
-        SegmentError: the file can't be read or is no list, has several scenes and none was named, or has no
-            usable entry of that scene.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        scene_id: int | None = None,
-        class_names: ClassNames | None = None,
-        min_score: float = 0.0,
-        problems: Problems | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.problems = Problems() if problems is None else problems
-        self._class_names = class_names
-        by_scene: dict[int, dict[int, list[tuple[str, Mapping[str, Any]]]]] = defaultdict(dict)
-        for index, entry in enumerate(_read_list(self.path)):
-            where = f"{self.path}, entry {index}"
-            try:
-                scene, image = _place(entry, where)
-                (segment,) = segments_from_cnos([entry], class_names=class_names)
-            except (SegmentError, MemoryError) as error:  # the latter for masks of impossible sizes
-                self.problems.add("bad entry", _at_home(error, where))
-                continue
-            # Also an image of which nothing is left was looked at: nothing was seen in it.
-            kept = by_scene[scene].setdefault(image, [])
-            if segment.score >= min_score:
-                kept.append((where, _compact(entry)))
-        if scene_id is None and len(by_scene) > 1:
-            known = ", ".join(map(str, sorted(by_scene)))
-            raise SegmentError(f"{self.path}: holds scenes {known}: name one with --scene-id")
-        self._images = by_scene.get(scene_id, {}) if scene_id is not None else dict(*by_scene.values())
-        if not self._images:
-            found = "no usable entry" if scene_id is None else f"no usable entry of scene {scene_id}"
-            details = "".join(f"\n{line}" for line in self.problems.lines())
-            raise SegmentError(f"{self.path}: holds {found}; is it the JSON file that CNOS wrote?{details}")
-
-    @property
-    def image_ids(self) -> list[int]:
-        """The images that the file speaks of, in order."""
-        return sorted(self._images)
-
-    def __len__(self) -> int:
-        """Entries that can be used."""
-        return sum(map(len, self._images.values()))
-
-    def segments(self, image_id: int, size: tuple[int, int] | None = None) -> list[Segment]:
-        """The segments of an image, in the file's order; none for an image that the file does not speak of.
-
-        Args:
-            image_id: of the scene.
-            size: height and width of the image where they are known; masks of another size are counted and
-                left out. Unknown, it is that of the first mask.
-        """
-        segments = []
-        for where, entry in self._images.get(image_id, ()):
-            (segment,) = segments_from_cnos([entry], class_names=self._class_names)
-            size = segment.mask.shape if size is None else size
-            if segment.mask.shape == tuple(size):
-                segments.append(segment)
-                continue
-            height, width = segment.mask.shape
-            self.problems.add(
-                "mask of another size",
-                f"{where} has a mask of {width}x{height}, but its image has {size[1]}x{size[0]} pixels: "
-                "run CNOS on images of the size that the camera publishes",
-            )
-        return segments
+from picopose_ros.segmentation import Segment
 
 
 class Timeline:
@@ -340,42 +225,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{value!r} is no class id")
     return value
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SegmentError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SegmentError(f"{path}: is no JSON file ({error})") from error
-    if not isinstance(entries, list):
-        raise SegmentError(f"{path}: expected the JSON list that CNOS writes, got {type(entries).__name__}")
-    return entries
-
-
-def _place(entry: Any, where: str) -> tuple[int, int]:
-    """Scene and image of an entry."""
-    if not isinstance(entry, dict):
-        raise SegmentError(f"{where}: is a {type(entry).__name__}, expected an object")
-    place = [entry.get(name) for name in ("scene_id", "image_id")]
-    if any(not isinstance(value, int) or isinstance(value, bool) for value in place):
-        raise SegmentError(f"{where}: scene_id and image_id must be whole numbers, got {place}")
-    return place[0], place[1]
-
-
-def _at_home(error: Exception, where: str) -> str:
-    """The error's message with the entry's place in the file instead of that in a list of one."""
-    text = str(error).removeprefix("CNOS detections, entry 0: ").removeprefix(f"{where}: ")
-    return f"{where}: {text or type(error).__name__}"
-
-
-def _compact(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry without what is not needed, its run lengths as an array: a tenth of the memory."""
-    mask = entry["segmentation"]
-    counts = mask["counts"] if isinstance(mask["counts"], str) else np.array(mask["counts"], np.uint32)
-    segmentation = {"size": mask["size"], "counts": counts}
-    return {"category_id": entry["category_id"], "score": entry["score"], "segmentation": segmentation}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
