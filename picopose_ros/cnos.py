@@ -7,7 +7,8 @@ The file is one list in the form of the BOP challenge; an entry says of which im
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,34 @@ NAMED = 5
 
 
 class Problems:
-    """What could not be used: counted by kind, the first ones named."""
+    """What could not be used, by kind.
 
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._named: dict[str, list[str]] = {}
+    Attributes:
+        entries: (kind, which one it is and what is wrong with it), in the order in which they came up.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, str]] = ()) -> None:
+        self.entries: list[tuple[str, str]] = list(entries)
 
     def __bool__(self) -> bool:
-        return bool(self.counts)
+        return bool(self.entries)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return dict(Counter(kind for kind, _ in self.entries))
 
     def add(self, kind: str, name: str) -> None:
         """Count one; ``name`` says which one it is and what is wrong with it."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        named = self._named.setdefault(kind, [])
-        if len(named) < NAMED:
-            named.append(name)
+        self.entries.append((kind, name))
 
     def lines(self) -> list[str]:
-        """One line per kind, most frequent first."""
+        """One line per kind, most frequent first; names the first ones."""
         lines = []
         for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
-            more = count - len(self._named[kind])
-            lines.append(
-                f"{count} x {kind}: " + "; ".join(self._named[kind]) + f"; and {more} more" * (more > 0)
-            )
+            named = [name for other, name in self.entries if other == kind][:NAMED]
+            more = count - len(named)
+            lines.append(f"{count} x {kind}: " + "; ".join(named) + f"; and {more} more" * (more > 0))
         return lines
 
 

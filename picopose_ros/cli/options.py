@@ -22,6 +22,11 @@ def add_onboarding_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides how meshes become templates."""
     parser.add_argument("--unit", default="m", choices=("m", "mm", "cm", "in"), help="unit of the meshes (m)")
     parser.add_argument("--preset", default="tiny", help="size of the network: tiny (default) or vitl")
+    add_network_arguments(parser)
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which network makes the templates, where, and how many."""
     parser.add_argument("--weights", type=Path, help="checkpoint of the network; the packaged one by default")
     parser.add_argument("--device", default="cpu", help="where the network runs: cpu (default), cuda, cuda:1")
     parser.add_argument(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +102,8 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _is_torch(path: Path) -> bool:
+    """Whether a file is a torch checkpoint; what isn't has to be safetensors."""
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; give the path of a .safetensors file")
     try:
@@ -107,26 +111,41 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             head = file.read(4)
     except OSError as error:
         raise CheckpointError(f"weights file {path} cannot be read: {error}") from error
-    # Zip archives and bare pickles are torch checkpoints; everything else has to be safetensors.
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    return head[:2] == b"PK" or head[:1] == b"\x80"  # zip archives and bare pickles
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"weights file {path} is not a complete .safetensors file ({error}); download or convert it again"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if _is_torch(path):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"weights file {path} is a torch checkpoint that is cut short or holds more than tensors, "
-                f"and is not unpickled for safety ({type(error).__name__}); convert it to .safetensors first"
+                f"and is not unpickled for safety ({type(error).__name__}); convert it with picopose convert"
             ) from error
-        state = content.get("state_dict", content) if isinstance(content, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise CheckpointError(f"weights file {path} holds no state dict of tensors")
-        return state, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"weights file {path} is not a complete .safetensors file ({error}); download or convert it again"
-        ) from error
+        return _state_dict(content, path), {}
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of what a torch checkpoint holds."""
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"weights file {path} holds no state dict of tensors")
+    return state
 
 
 def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
@@ -163,6 +182,28 @@ def weights_path(preset_name: str, weights: str | Path | None = None) -> Path:
             f"preset '{preset_name}' has no packaged weights; give a checkpoint file as weights"
         )
     return path
+
+
+def preset_of(weights: str | Path | None) -> str:
+    """The preset that a weights file was made for, as it says itself; `tiny` for the packaged one.
+
+    Raises:
+        CheckpointError: the file can't be read, or doesn't say.
+    """
+    if weights is None:
+        return "tiny"
+    path = Path(weights).expanduser()
+    if _is_torch(path):
+        name = None
+    else:
+        with _opened(path) as file:
+            name = (file.metadata() or {}).get("preset")
+    if name is None:
+        raise CheckpointError(
+            f"weights file {path} does not say for which preset it was made; name it with --preset, or "
+            "convert the file with picopose convert"
+        )
+    return name
 
 
 def load_model(

@@ -92,7 +92,7 @@ class BopDataset:
         if not self.folder.is_dir():
             raise DatasetError(f"there is no folder {self.folder}; --root holds the datasets' folders")
         self.split_dir = _split_dir(self.folder, split)
-        self._targets_path = self.folder / targets_file
+        self.targets_path = self.folder / targets_file
         self._scene: tuple[int, dict[str, Any]] = (-1, {})  # the JSON files of the scene last asked for
 
     @cached_property
@@ -102,12 +102,12 @@ class BopDataset:
         Raises:
             DatasetError: the file can't be read or an entry is no target.
         """
-        entries = _read_json(self._targets_path, list)
+        entries = _read_json(self.targets_path, list)
         return [
             _parsed(
                 lambda e: Target(*(int(e[key]) for key in ("scene_id", "im_id", "obj_id", "inst_count"))),
                 entry,
-                f"{self._targets_path}, entry {index}",
+                f"{self.targets_path}, entry {index}",
             )
             for index, entry in enumerate(entries)
         ]

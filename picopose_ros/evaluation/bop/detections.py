@@ -11,6 +11,9 @@ from picopose_ros.errors import SegmentError
 from picopose_ros.evaluation.bop.dataset import Target
 from picopose_ros.segmentation import Segment, bop_class_name
 
+NOTHING_DETECTED = "image without detections"
+NO_SCORE = "detection without a score"
+
 
 @dataclass
 class Selection:
@@ -19,29 +22,31 @@ class Selection:
     Attributes:
         segments: named by their object (``obj_000005``). obj_ids: of each.
         time: seconds that the detector took for the image; 0 where nothing was detected or it isn't said.
+        problems: detections that couldn't be used, and whether there were none.
     """
 
     segments: list[Segment] = field(default_factory=list)
     obj_ids: list[int] = field(default_factory=list)
     time: float = 0.0
+    problems: Problems = field(default_factory=Problems)
 
 
 class BopDetections:
     """The detections of a dataset, in a file as CNOS writes it.
 
     Args:
-        path: the JSON file. problems: where what can't be used is counted.
+        path: the JSON file.
 
     Attributes:
-        problems: see above; beside them also the images that the file doesn't speak of.
+        problems: entries that can't be used.
 
     Raises:
         SegmentError: the file can't be read, is no list, or has no usable entry.
     """
 
-    def __init__(self, path: str | Path, problems: Problems | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.problems = Problems() if problems is None else problems
+        self.problems = Problems()
         self._images = read_cnos(self.path, self.problems, check_masks=False)
         if not self._images:
             details = "".join(f"\n{line}" for line in self.problems.lines())
@@ -74,7 +79,7 @@ class BopDetections:
         scene, image = targets[0].scene_id, targets[0].image_id
         detections = self._images.get((scene, image), [])
         if not detections:
-            self.problems.add("image without detections", f"scene {scene} image {image}")
+            found.problems.add(NOTHING_DETECTED, f"scene {scene} image {image}")
             return found
         found.time = max(detection.time for detection in detections)
         decoded: dict[str, Segment | None] = {}
@@ -85,7 +90,7 @@ class BopDetections:
             count = target.inst_count if cap is None else min(target.inst_count, cap)
             for detection in chosen[:count]:
                 if detection.where not in decoded:
-                    decoded[detection.where] = self._segment(detection, size)
+                    decoded[detection.where] = _segment(detection, size, found.problems)
                 segment = decoded[detection.where]
                 if segment is not None:
                     name = bop_class_name(target.obj_id)
@@ -93,21 +98,22 @@ class BopDetections:
                     found.obj_ids.append(target.obj_id)
         return found
 
-    def _segment(self, detection: Detection, size: tuple[int, int]) -> Segment | None:
-        """With its mask; None for one that can't be used, which is counted."""
-        if not detection.score > 0:
-            self.problems.add("detection without a score", f"{detection.where} has {detection.score}")
-            return None
-        try:
-            segment = detection.segment()
-        except SegmentError as error:
-            self.problems.add("broken mask", str(error))
-            return None
-        height, width = segment.mask.shape
-        if (height, width) != tuple(size):
-            self.problems.add(
-                "mask of another size",
-                f"{detection.where} has a mask of {width}x{height}, but its image has {size[1]}x{size[0]} pixels",
-            )
-            return None
-        return segment
+
+def _segment(detection: Detection, size: tuple[int, int], problems: Problems) -> Segment | None:
+    """With its mask; None for one that can't be used, which is counted."""
+    if not detection.score > 0:
+        problems.add(NO_SCORE, f"{detection.where} has {detection.score}")
+        return None
+    try:
+        segment = detection.segment()
+    except SegmentError as error:
+        problems.add("broken mask", str(error))
+        return None
+    height, width = segment.mask.shape
+    if (height, width) != tuple(size):
+        problems.add(
+            "mask of another size",
+            f"{detection.where} has a mask of {width}x{height}, its image {size[1]}x{size[0]} pixels",
+        )
+        return None
+    return segment

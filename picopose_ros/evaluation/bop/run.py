@@ -1,0 +1,309 @@
+"""``picopose eval bop``: the poses that a BOP dataset asks for, as the csv of the BOP Challenge.
+
+The run is a matter of images: each is estimated by itself, all its segments in one batch, and kept in a
+journal before the next one is begun. A run that was stopped or killed goes on where it was. Several
+processes, started by ``torchrun``, share the images out among them; whoever finds that all are done writes
+the csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from picopose_ros import __version__
+from picopose_ros.cli.options import add_network_arguments, positive
+from picopose_ros.cnos import Problems
+from picopose_ros.errors import CameraError, ConfigError, DatasetError, ImageError, MeshError
+from picopose_ros.estimator import EstimatorSettings, PoseEstimator, torch_device
+from picopose_ros.evaluation.bop.dataset import BopDataset
+from picopose_ros.evaluation.bop.detections import NO_SCORE, NOTHING_DETECTED, BopDetections
+from picopose_ros.evaluation.bop.journal import ImageRecord, Journal
+from picopose_ros.evaluation.bop.results import BopRow, write_results
+from picopose_ros.evaluation.report import plain, table, write_atomically
+from picopose_ros.model import PicoPose, load_model, model_fingerprint
+from picopose_ros.model.checkpoint import preset_of
+from picopose_ros.templates.bank import onboard
+from picopose_ros.templates.meshes import mesh_digest
+
+MIN_MASK_PIXELS = 9
+"""Segments with fewer visible pixels are skipped. (Of those the released code makes a crop of the detection's
+box whose affine is wrong.)"""
+
+NO_POSE = "segment without a pose"
+
+_ORDINARY = {NOTHING_DETECTED, NO_SCORE, NO_POSE}
+"""Problems that every dataset has and that nothing can be done about."""
+
+
+def load_bop_estimator(
+    dataset: BopDataset,
+    model: PicoPose,
+    settings: EstimatorSettings,
+    device: str = "cpu",
+    viewpoints: int = 162,
+    cache_dir: str | Path | None = None,
+) -> PoseEstimator:
+    """An estimator of a dataset's objects, whose templates are made or taken from the cache.
+
+    Args:
+        dataset: whose models are taken. model: in evaluation mode. settings: how poses are computed.
+        device, viewpoints, cache_dir: as in ``PoseEstimator.from_mesh_dir``.
+    Raises:
+        DatasetError: the targets name an object that there is no model of.
+        MeshError: a model that they ask for can't be used.
+        ConfigError, RenderError: as ``PoseEstimator.from_mesh_dir``.
+    """
+    check_objects(dataset)
+    onboarding = onboard(dataset.models_dir, model, viewpoints, "mm", cache_dir, device, progress=True)
+    asked = {dataset.models[target.obj_id].class_id for target in dataset.targets}
+    failed = {name: reason for name, reason in onboarding.failed.items() if name in asked}
+    if failed:
+        raise MeshError(f"the targets ask for objects that can't be used: {'; '.join(failed.values())}")
+    return PoseEstimator(model, onboarding.banks, settings, device)
+
+
+def check_objects(dataset: BopDataset) -> None:
+    """Look whether there is a model of everything that is asked for.
+
+    Raises:
+        DatasetError: there isn't; names the entry.
+    """
+    for index, target in enumerate(dataset.targets):
+        if target.obj_id not in dataset.models:
+            known = ", ".join(map(str, sorted(dataset.models)))
+            raise DatasetError(
+                f"{dataset.targets_path}, entry {index}: asks for object {target.obj_id}, but "
+                f"{dataset.models_dir} holds {known}"
+            )
+
+
+def estimate_image(
+    estimator: PoseEstimator,
+    dataset: BopDataset,
+    detections: BopDetections,
+    scene_id: int,
+    image_id: int,
+    score: str = "detection",
+    cap: int | None = None,
+) -> ImageRecord:
+    """What the csv says about one image. An image or camera that can't be used is a failed record.
+
+    Args:
+        score: ``detection`` or ``pose``, whose score the rows get.
+        cap: at most so many estimates per object.
+    """
+    record = ImageRecord(scene_id, image_id)
+    problems = Problems()
+    try:
+        rgb = dataset.image(scene_id, image_id)
+        camera = dataset.camera(scene_id, image_id)
+        selection = detections.select(dataset.targets_of(scene_id, image_id), rgb.shape[:2], cap)
+        result = estimator.estimate(rgb, camera, selection.segments)
+    except (DatasetError, ImageError, CameraError) as error:
+        problems.add("image that can't be used", str(error))
+        return ImageRecord(scene_id, image_id, problems=problems.entries, failed=True)
+    problems.entries += selection.problems.entries
+    for index, reason in result.skipped:
+        name = f"scene {scene_id} image {image_id} object {selection.obj_ids[index]}: {reason}"
+        problems.add(NO_POSE, name)
+    seconds = result.timings["total"] / 1000.0 + selection.time
+    for pose in result.poses:
+        value = pose.segment_score if score == "detection" else pose.confidence
+        obj_id = selection.obj_ids[pose.segment]
+        row = BopRow.of_pose(scene_id, image_id, obj_id, value, pose.T_cam_obj, seconds)
+        record.lines.append(row.line())
+    if selection.segments:
+        record.timings = {**result.timings, "detection": 1000.0 * selection.time}
+    record.problems = problems.entries
+    return record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``picopose eval bop``."""
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--detections", type=Path, required=True, metavar="CNOS.json", help="what CNOS found in its images"
+    )
+    parser.add_argument("--preset", help="size of the network; by default the one the weights are made for")
+    add_network_arguments(parser)
+    parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    parser.add_argument(
+        "--decode",
+        choices=("subpixel", "reference"),
+        default=EstimatorSettings().decode,
+        help="how correspondences become a pose; reference: as the released code (%(default)s)",
+    )
+    parser.add_argument(
+        "--score",
+        choices=("detection", "pose"),
+        default="detection",
+        help="the rows' score: the detection's, as the released code has it (default), or the pose's",
+    )
+    parser.add_argument(
+        "--cap", type=positive, metavar="N", help="at most N poses per object and image; else all asked for"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the csv and of what is done so far"
+    )
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which dataset."""
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="DIR", help="folder of the BOP datasets' folders"
+    )
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="the dataset's folder: lmo, tless")
+    parser.add_argument("--split", default="test", help="folder of its scenes (test)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate what isn't estimated yet; 1 if something could not be used.
+
+    Raises:
+        PicoPoseError: input that can't be used, or a folder with another run.
+    """
+    rank, world, device = this_process(args.device)
+    dataset = BopDataset(args.root, args.dataset, args.split)
+    detections = BopDetections(args.detections)
+    images = dataset.images[: args.limit]
+    if not images:
+        raise DatasetError(f"{dataset.targets_path}: asks for nothing")
+    check_objects(dataset)
+    settings = EstimatorSettings(args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS)
+    preset = args.preset or preset_of(args.weights)
+    model = load_model(preset, args.weights, torch_device(device))
+    about = {
+        "version": __version__,
+        "preset": preset,
+        "weights": model_fingerprint(model),
+        "models": _digest("".join(mesh_digest(spec) for spec in dataset.models.values()).encode()),
+        "dataset": f"{dataset.name}, {dataset.split_dir.name}",
+        "targets": _digest(dataset.targets_path.read_bytes()),
+        "detections": _digest(args.detections.read_bytes()),
+        "viewpoints": args.viewpoints,
+        "score": args.score,
+        "cap": args.cap,
+        "estimator": asdict(settings),
+    }
+    journal = Journal(args.out, about, rank)
+    try:
+        done = {key for key, record in journal.read().items() if not record.failed}
+        own = images[rank::world]
+        missing = [key for key in own if key not in done]
+        if missing:
+            estimator = load_bop_estimator(
+                dataset, model, settings, device, args.viewpoints, args.cache_dir
+            )
+            bar = tqdm(
+                total=len(own),
+                initial=len(own) - len(missing),
+                unit="image",
+                desc=dataset.name,
+                disable=None if rank == 0 else True,
+            )
+            with bar:
+                for scene_id, image_id in missing:
+                    journal.add(
+                        estimate_image(
+                            estimator, dataset, detections, scene_id, image_id, args.score, args.cap
+                        )
+                    )
+                    bar.update()
+        with journal.merging():
+            records = journal.read()
+            if not all(key in records for key in images):
+                left = sum(key not in records for key in images)
+                print(f"process {rank}: done; the others still have {left} images")
+                return 0
+            return _finish(args, dataset, detections, about, [records[key] for key in images])
+    finally:
+        journal.close()
+
+
+def this_process(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, device) of a process that ``torchrun`` may have started.
+
+    Raises:
+        ConfigError: the environment variables that it sets make no sense.
+    """
+    try:
+        rank, world, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are not what torchrun sets ({error})") from error
+    return rank, world, f"cuda:{local}" if device == "cuda" and world > 1 else device
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _finish(
+    args: argparse.Namespace,
+    dataset: BopDataset,
+    detections: BopDetections,
+    about: Mapping[str, Any],
+    records: Sequence[ImageRecord],
+) -> int:
+    """Write csv and report, say how it went."""
+    rows = [row for record in records for row in record.rows]
+    problems = Problems([*detections.problems.entries, *(e for r in records for e in r.problems)])
+    failed = [record for record in records if record.failed]
+    if len(failed) == len(records):
+        details = "".join(f"\n{line}" for line in problems.lines())
+        raise DatasetError(f"none of the {len(records)} images could be used:{details}")
+    path = args.out / f"picopose-{args.hypotheses}hyp_{dataset.name}-{dataset.split_dir.name}.csv"
+    write_results(path, rows)
+    times = stage_times(records)
+    report = {
+        "settings": about,
+        "images": len(records),
+        "failed_images": [[record.scene_id, record.image_id] for record in failed],
+        "rows": len(rows),
+        "problems": problems.counts,
+        "milliseconds_per_image": times,
+    }
+    write_atomically(args.out / "report.json", plain(report))
+    asked = sum(t.inst_count for r in records for t in dataset.targets_of(r.scene_id, r.image_id))
+    print(f"{path}: {len(rows)} poses for {asked} instances in {len(records)} images")
+    if times:
+        print("\nMilliseconds per image with detections.\n\n" + times_table(times))
+    for line in problems.lines():
+        print(line, file=sys.stderr)
+    return 1 if set(problems.counts) - _ORDINARY else 0
+
+
+def stage_times(records: Sequence[ImageRecord]) -> dict[str, dict[str, float]]:
+    """Stage -> mean, median and largest of its milliseconds over the images that have any."""
+    timed = [record.timings for record in records if record.timings]
+    return {
+        stage: {
+            "mean": float(np.mean(values)),
+            "median": float(np.median(values)),
+            "largest": float(np.max(values)),
+        }
+        for stage in (timed[0] if timed else ())
+        for values in [[one[stage] for one in timed]]
+    }
+
+
+def times_table(times: Mapping[str, Mapping[str, float]]) -> str:
+    """`stage_times` as a Markdown table."""
+    columns = next(iter(times.values()))
+    rows = [[stage, *(f"{value:.1f}" for value in one.values())] for stage, one in times.items()]
+    return table(["stage", *columns], rows)
