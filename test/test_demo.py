@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from node_harness import next_domain
 
 from picopose_ros import bags
 from picopose_ros.demo import world as world_module
@@ -20,6 +23,7 @@ from picopose_ros.demo.evaluate import (
     class_of,
     compare,
     honesty,
+    names_kept,
     read_recording,
     table,
 )
@@ -31,6 +35,7 @@ from picopose_ros.demo.world import (
     CAMERA_INFO_TOPIC,
     IMAGE_TOPIC,
     SEGMENTATION_TOPIC,
+    TRUTH_PREFIX,
     DemoFiles,
     build_world,
 )
@@ -38,7 +43,8 @@ from picopose_ros.errors import BagError
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
-FRAMES = 3
+FRAMES = 6
+"""Of the whole path of the camera: objects move as fast as ten times in `make demo`."""
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +196,9 @@ def test_the_truth_compared_with_itself_is_perfect(
 
 
 def test_wrong_and_missing_poses_cost_recall(truth: Recording, meshes: dict[str, ObjectMesh]) -> None:
+    first, second, third = sorted(truth.truth)[:3]
+    truth = replace(truth, truth={stamp: truth.truth[stamp] for stamp in (first, second, third)})
     answers = with_truth_as_answer(truth)
-    first, second, third = sorted(truth.truth)
     moved = np.eye(4)
     moved[0, 3] = 0.5
     answers.detections[first] = [
@@ -205,6 +212,19 @@ def test_wrong_and_missing_poses_cost_recall(truth: Recording, meshes: dict[str,
     assert rows["drill"].translation_mm == pytest.approx(250)  # the median of 0 and 500
     assert rows["parcel"].recall == pytest.approx(3 / 6) and rows["parcel"].detected == 3
     assert rows["cereal_box"].recall == pytest.approx(2 / 3)
+
+
+def test_a_name_that_changes_is_told(truth: Recording) -> None:
+    answers = with_truth_as_answer(truth)
+    assert names_kept(answers) == {name: [name] for name in sorted(next(iter(truth.truth.values())))}
+    *_, last = sorted(truth.truth)
+    swapped = {"parcel_0": "parcel_1", "parcel_1": "parcel_0"}
+    answers.detections[last] = [
+        replace(d, name=swapped.get(d.name, d.name)) for d in answers.detections[last] if d.name != "drill_0"
+    ]
+    names = names_kept(answers)
+    assert names["parcel_0"] == ["parcel_0", "parcel_1"] and names["parcel_1"] == ["parcel_1", "parcel_0"]
+    assert names["drill_0"] == ["drill_0"]
 
 
 def test_covariances_are_held_against_the_truth(truth: Recording, meshes: dict[str, ObjectMesh]) -> None:
@@ -229,9 +249,9 @@ def test_pictures_show_the_outlines(
     files: DemoFiles, truth: Recording, meshes: dict[str, ObjectMesh], tmp_path: Path
 ) -> None:
     written = write_pictures(
-        files.bag, with_truth_as_answer(truth), meshes, tmp_path, IMAGE_TOPIC, CAMERA, every=2
+        files.bag, with_truth_as_answer(truth), meshes, tmp_path, IMAGE_TOPIC, CAMERA, every=3
     )
-    assert [path.name for path in written] == ["overlay_000.png", "overlay_002.png", "contact_sheet.png"]
+    assert [path.name for path in written] == ["overlay_000.png", "overlay_003.png", "contact_sheet.png"]
     with bags.BagReader(files.bag) as reader:
         _, _, message = next(reader.messages([IMAGE_TOPIC]))
     plain = np.asarray(message.data).reshape(480, 640, 3)[..., ::-1]
@@ -240,19 +260,46 @@ def test_pictures_show_the_outlines(
     assert cv2.imread(str(written[-1])).shape == (240, 1280, 3)
 
 
-def test_the_whole_path_over_dds(files: DemoFiles, folder: Path) -> None:
-    """Mesh folder -> node process -> bag played by another process -> detections and TF received here."""
-    options = ["--out", folder, "--frames", FRAMES, "--hypotheses", 2]
-    command = [sys.executable, "-m", "picopose_ros.demo", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "cereal_box" in done.stdout and f"{FRAMES} of {FRAMES} frames answered" in done.stdout
+@dataclass(frozen=True)
+class Run:
+    """The demo, and what a grasp planner heard meanwhile."""
 
+    out: str  # what the demo printed
+    report: dict[str, Any]
+    recording: Recording  # the demo's own
+    planner: Path  # bag of everything that came on /tf and /detections
+
+
+@pytest.fixture(scope="module")
+def run(files: DemoFiles, folder: Path) -> Run:
+    """Mesh folder -> node process -> bag played by another process -> detections and TF received by two more,
+    the demo's and a grasp planner's."""
+    domain = next_domain()
+    environment = {
+        **os.environ,
+        "ROS_DOMAIN_ID": str(domain),
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+    }
+    program = Path(__file__).with_name("grasp_planner.py")
+    planner = subprocess.Popen([sys.executable, str(program), str(folder / "planner")], env=environment)
+    try:
+        options = ["--out", folder, "--frames", FRAMES, "--hypotheses", 2, "--domain", domain]
+        command = [sys.executable, "-m", "picopose_ros.demo", *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        planner.terminate()
+        assert planner.wait(60) == 0
     report = json.loads((folder / "report.json").read_text())
+    return Run(done.stdout, report, read_recording(folder / "output"), folder / "planner")
+
+
+def test_the_whole_path_over_dds(files: DemoFiles, folder: Path, run: Run) -> None:
+    report, recording = run.report, run.recording
+    assert "cereal_box" in run.out and f"{FRAMES} of {FRAMES} frames answered" in run.out
     assert report["frames_answered"] == FRAMES
-    assert report["covariance"]["count"] > 0 and "covariances: " in done.stdout
+    assert report["covariance"]["count"] > 0 and "covariances: " in run.out
     assert {"encode", "match", "regress", "pnp", "total"} <= set(report["latency_ms"])
-    recording = read_recording(folder / "output")
     assert sorted(recording.detections) == sorted(recording.truth)
     for stamp, detections in recording.detections.items():
         assert {d.class_id for d in detections} >= {"cereal_box", "drill", "parcel", "cluster"}
@@ -267,6 +314,56 @@ def test_the_whole_path_over_dds(files: DemoFiles, folder: Path) -> None:
     for name in ("seen in training", "never seen"):
         assert rows[name]["rotation_deg"] < 20, rows[name]
     assert rows["all objects"]["recall"] > 0.3, rows["all objects"]
+
+
+# What a grasp planner sees: another process, which listens to /tf and /detections and knows nothing else.
+
+
+def test_a_planner_gets_one_frame_per_instance_where_its_detection_says(run: Run) -> None:
+    frames: dict[int, dict[str, Any]] = {}
+    detections: dict[int, Any] = {}
+    with bags.BagReader(run.planner) as reader:
+        for _, _, message in reader.messages(["/tf"]):
+            for transform in message.transforms:
+                if not transform.child_frame_id.startswith(TRUTH_PREFIX):
+                    of_image = frames.setdefault(bags.stamp_of(transform), {})
+                    assert transform.child_frame_id not in of_image, "one frame was sent twice"
+                    of_image[transform.child_frame_id] = transform
+        for _, _, message in reader.messages(["/detections"]):
+            assert bags.stamp_of(message) not in detections
+            detections[bags.stamp_of(message)] = message
+    assert sorted(frames) == sorted(detections) == sorted(run.recording.truth)
+    for stamp, message in detections.items():
+        assert {detection.id for detection in message.detections} == set(frames[stamp])
+        assert message.header.frame_id == CAMERA_FRAME
+        for detection in message.detections:
+            transform = frames[stamp][detection.id]
+            assert transform.header.frame_id == CAMERA_FRAME
+            pose = detection.results[0].pose.pose
+            np.testing.assert_array_equal(
+                bags.matrix_from(transform.transform.translation, transform.transform.rotation),
+                bags.matrix_from(pose.position, pose.orientation),
+            )
+
+
+def test_a_planner_sees_every_instance_under_one_name_all_the_time(files: DemoFiles, run: Run) -> None:
+    heard = replace(run.recording, detections=read_recording(run.planner).detections)
+    names = names_kept(heard, files.visible)
+    assert all(len(had) == 1 for had in names.values()), names
+    assert len({had[0] for had in names.values()}) == len(names) == len(next(iter(heard.truth.values())))
+    assert run.report["names"] == names
+    assert f"{len(names)} of {len(names)} instances had one name all the time" in run.out
+
+
+def test_a_planners_poses_are_as_good_as_the_demo_reports(
+    files: DemoFiles, meshes: dict[str, ObjectMesh], run: Run
+) -> None:
+    heard = replace(run.recording, detections=read_recording(run.planner).detections)
+    seen = {name: made.seen_in_training for name, made in OBJECTS.items()}
+    rows = compare(heard, meshes, files.visible, seen)
+    assert [row.as_dict() for row in rows] == run.report["objects"]
+    honest = honesty(heard, meshes, files.visible)
+    assert honest is not None and honest.as_dict() == run.report["covariance"]
 
 
 def test_a_node_that_cannot_start_ends_the_demo_with_its_reason(folder: Path, files: DemoFiles) -> None:

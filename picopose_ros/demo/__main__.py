@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights", type=Path, help="checkpoint of the tiny network; the packaged one by default"
     )
+    parser.add_argument(
+        "--domain", type=int, help="ROS_DOMAIN_ID, for who wants to watch; by default one that few have"
+    )
     args = parser.parse_args(argv)
     try:
         from picopose_ros.demo.run import run_demo
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.weights is not None:
         options += ["-p", f"weights:={args.weights}"]
     try:
-        report = run_demo(args.out, args.frames, args.seed, args.storage, options)
+        report = run_demo(args.out, args.frames, args.seed, args.storage, options, args.domain)
     except PicoPoseError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

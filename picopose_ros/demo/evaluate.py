@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,25 +135,18 @@ def compare(
     tallies = {class_id: _Tally() for class_id in sorted(meshes)}
     points = {name: _surface_points(mesh) for name, mesh in meshes.items()}
     symmetries = {name: mesh.spec.symmetries.transforms() for name, mesh in meshes.items()}
-    for index, (stamp, truth) in enumerate(sorted(recording.truth.items())):
-        detections = recording.detections.get(stamp, [])
-        for class_id, tally in tallies.items():
-            names = [name for name in truth if class_of(name) == class_id]
-            shares = {name: 1.0 if visible is None else visible[index].get(name, 0.0) for name in names}
-            found = [d.T_cam_obj for d in detections if d.class_id == class_id]
-            matched = match_by_position(found, [truth[name] for name in names])
-            for name, estimate in zip(names, matched, strict=True):
-                if shares[name] < LEAST_VISIBLE:
-                    continue
-                tally.visible.append(shares[name])
-                if estimate is None:
-                    tally.errors.append(None)
-                    continue
-                diameter = meshes[class_id].diameter
-                T = found[estimate]
-                tally.errors.append(
-                    pose_errors(points[class_id], diameter, T, truth[name], symmetries[class_id])
-                )
+    for name, share, truth, found in _asked_for(recording, visible):
+        class_id = class_of(name)
+        if class_id not in tallies:
+            continue
+        tallies[class_id].visible.append(share)
+        tallies[class_id].errors.append(
+            None
+            if found is None
+            else pose_errors(
+                points[class_id], meshes[class_id].diameter, found.T_cam_obj, truth, symmetries[class_id]
+            )
+        )
     rows = [tally.row(name, None if seen is None else seen.get(name)) for name, tally in tallies.items()]
     groups = {"all objects": lambda name: True}
     if seen is not None:
@@ -182,28 +175,50 @@ def honesty(
     Arguments as for :func:`compare`. Poses that are altogether wrong are left out and counted.
     """
     estimates, covariances, truths, symmetries = [], [], [], []
-    for index, (stamp, truth) in enumerate(sorted(recording.truth.items())):
-        for class_id, mesh in meshes.items():
-            names = [
-                name
-                for name in truth
-                if class_of(name) == class_id
-                and (visible is None or visible[index].get(name, 0.0) >= LEAST_VISIBLE)
-            ]
-            found = [d for d in recording.detections.get(stamp, []) if d.class_id == class_id]
-            matched = match_by_position([d.T_cam_obj for d in found], [truth[name] for name in names])
-            for name, k in zip(names, matched, strict=True):
-                if k is not None and found[k].covariance is not None:
-                    estimates.append(found[k].T_cam_obj)
-                    covariances.append(found[k].covariance)
-                    truths.append(truth[name])
-                    symmetries.append(mesh.spec.symmetries)
+    for name, _, truth, found in _asked_for(recording, visible):
+        mesh = meshes.get(class_of(name))
+        if mesh is not None and found is not None and found.covariance is not None:
+            estimates.append(found.T_cam_obj)
+            covariances.append(found.covariance)
+            truths.append(truth)
+            symmetries.append(mesh.spec.symmetries)
     if not estimates:
         return None
     try:
         return consistency(np.stack(estimates), np.stack(covariances), np.stack(truths), symmetries)
     except ValueError:  # all of them are altogether wrong
         return None
+
+
+def names_kept(
+    recording: Recording, visible: Sequence[Mapping[str, float]] | None = None
+) -> dict[str, list[str]]:
+    """For every true instance the names that it was published under, in order of appearance.
+
+    One name is how it should be. Arguments as for :func:`compare`.
+    """
+    names: dict[str, list[str]] = {}
+    for name, _, _, found in _asked_for(recording, visible):
+        had = names.setdefault(name, [])
+        if found is not None and found.name not in had:
+            had.append(found.name)
+    return names
+
+
+def _asked_for(
+    recording: Recording, visible: Sequence[Mapping[str, float]] | None
+) -> Iterator[tuple[str, float, np.ndarray, Detected | None]]:
+    """Name, visible share, true pose and the answer, if there is one, of every instance in every frame that
+    is not too hidden."""
+    for index, (stamp, truth) in enumerate(sorted(recording.truth.items())):
+        for class_id in sorted({class_of(name) for name in truth}):
+            names = [name for name in truth if class_of(name) == class_id]
+            found = [d for d in recording.detections.get(stamp, []) if d.class_id == class_id]
+            matched = match_by_position([d.T_cam_obj for d in found], [truth[name] for name in names])
+            for name, k in zip(names, matched, strict=True):
+                share = 1.0 if visible is None else visible[index].get(name, 0.0)
+                if share >= LEAST_VISIBLE:
+                    yield name, share, truth[name], None if k is None else found[k]
 
 
 def _surface_points(mesh: ObjectMesh) -> np.ndarray:

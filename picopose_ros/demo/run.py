@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros import bags
-from picopose_ros.demo.evaluate import Row, compare, honesty, read_recording, table
+from picopose_ros.demo.evaluate import Row, compare, honesty, names_kept, read_recording, table
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
 from picopose_ros.demo.world import (
@@ -60,6 +60,7 @@ class DemoReport:
     onboarding_seconds: float
     playing_seconds: float
     honesty: Consistency | None = None  # true errors against the covariances
+    names: dict[str, list[str]] = field(default_factory=dict)  # true instance -> its published names
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,6 +73,7 @@ class DemoReport:
             "onboarding_seconds": round(self.onboarding_seconds, 1),
             "playing_seconds": round(self.playing_seconds, 1),
             "covariance": None if self.honesty is None else self.honesty.as_dict(),
+            "names": self.names,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
 
@@ -199,13 +201,16 @@ def node_command(files: DemoFiles, cache: Path, extra: Sequence[str] = ()) -> li
     ]
 
 
-def run_node(files: DemoFiles, out: Path, extra: Sequence[str] = ()) -> tuple[Collector, float, float]:
+def run_node(
+    files: DemoFiles, out: Path, extra: Sequence[str] = (), domain: int | None = None
+) -> tuple[Collector, float, float]:
     """Start the node, play the bag into it, collect what it says.
 
     Args:
         files: the demo's world.
         out: folder for the cache, the node's log and the output bag ``output/``.
         extra: further ROS arguments of the node.
+        domain: ROS_DOMAIN_ID; one that hardly anybody else has if None.
 
     Returns:
         The collector, seconds until the node was ready, seconds of playing.
@@ -213,7 +218,7 @@ def run_node(files: DemoFiles, out: Path, extra: Sequence[str] = ()) -> tuple[Co
     Raises:
         PicoPoseError: the node or the player failed.
     """
-    domain = 1 + os.getpid() % 100
+    domain = 1 + os.getpid() % 100 if domain is None else domain
     environment = _environment(domain)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     log = out / "node.log"
@@ -251,7 +256,12 @@ def run_node(files: DemoFiles, out: Path, extra: Sequence[str] = ()) -> tuple[Co
 
 
 def run_demo(
-    out: str | Path, frames: int = 60, seed: int = 7, storage: str = "mcap", extra: Sequence[str] = ()
+    out: str | Path,
+    frames: int = 60,
+    seed: int = 7,
+    storage: str = "mcap",
+    extra: Sequence[str] = (),
+    domain: int | None = None,
 ) -> DemoReport:
     """Make the world if needed, run the node on it, compare, print, write pictures and ``report.json``.
 
@@ -261,6 +271,7 @@ def run_demo(
         seed: of the world.
         storage: of the bags.
         extra: further ROS arguments of the node.
+        domain: see :func:`run_node`.
 
     Raises:
         PicoPoseError: the world can't be rendered, or the node or the player failed.
@@ -270,7 +281,7 @@ def run_demo(
     with tqdm(total=frames, desc="rendering the world", unit="frame", disable=None) as bar:
         files = build_world(out, frames, seed, storage, lambda done, total: bar.update(done - bar.n))
     meshes = load_meshes(files.meshes)
-    collector, onboarding, playing = run_node(files, out, extra)
+    collector, onboarding, playing = run_node(files, out, extra, domain)
     output = out / "output"
     write_output_bag(files.bag, output, collector)
 
@@ -288,12 +299,15 @@ def run_demo(
         onboarding,
         playing,
         honesty(recording, meshes, files.visible),
+        names_kept(recording, files.visible),
     )
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=2))
     pictures = write_pictures(output, recording, meshes, out / "pictures", IMAGE_TOPIC, CAMERA)
 
     print(f"\n{table(rows)}\n")
     print(f"{report.answered} of {frames} frames answered, {transforms} transforms on /tf")
+    kept = sum(len(names) <= 1 for names in report.names.values())
+    print(f"{kept} of {len(report.names)} instances had one name all the time")
     for stage, text in report.latency.items():
         print(f"  {stage:<10} {text} ms")
     if report.honesty is not None:

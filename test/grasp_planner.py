@@ -1,0 +1,48 @@
+"""A grasp planner, as far as a node sees one: ``python grasp_planner.py BAG``, until SIGTERM.
+
+Listens to ``/tf`` and ``/detections``, nothing else, and writes what it hears into a bag.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from rclpy.signals import SignalHandlerOptions
+from tf2_msgs.msg import TFMessage
+from vision_msgs.msg import Detection3DArray
+
+from picopose_ros import bags
+
+
+def main(path: str) -> None:
+    """Listen until told to stop."""
+    stopped: list[Any] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node("grasp_planner")
+    with bags.BagWriter(Path(path)) as writer:
+        for topic, name, kind in (
+            ("/tf", bags.TF, TFMessage),
+            ("/detections", bags.DETECTIONS, Detection3DArray),
+        ):
+            writer.add_topic(topic, name)
+            node.create_subscription(
+                kind,
+                topic,
+                lambda raw, topic=topic: writer.write_raw(topic, time.time_ns(), raw),
+                100,
+                raw=True,
+            )
+        while not stopped:
+            rclpy.spin_once(node, timeout_sec=0.1)
+    node.destroy_node()
+    rclpy.try_shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
