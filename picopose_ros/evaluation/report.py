@@ -95,7 +95,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["difficulty"]:
         names = {"visible": "visible share", "distance": "distance / diameter", "pixels": "longer side, px"}
         rows = [
-            [names[key], *(_number(value, 0 if key == "pixels" else 2) for value in quantiles.values())]
+            [names[key], *(number(value, 0 if key == "pixels" else 2) for value in quantiles.values())]
             for key, quantiles in report["difficulty"].items()
         ]
         sections.append(table(["queries", "5 %", "median", "95 %"], rows))
@@ -120,13 +120,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     """.93 rather than 0.93, as recalls are written."""
-    return _number(value).removeprefix("0") if value is not None and value < 1 else _number(value)
+    return number(value).removeprefix("0") if value is not None and value < 1 else number(value)
 
 
 def _pose_table(figures: Mapping[str, Any], first: str, last: str) -> str:
@@ -139,17 +139,17 @@ def _pose_table(figures: Mapping[str, Any], first: str, last: str) -> str:
             [
                 name,
                 str(cut["queries"]),
-                _share(one["add_recall"]),
-                _share(pose["add_recall"]),
-                _number(pose["rotation_deg"], 1),
-                _number(pose["translation_mm"], 1),
-                _share(pose["mspd_10px"]),
-                _share(pose["vsd"]),
-                _share(pose["mssd"]),
-                _share(pose["mspd"]),
-                _share(pose["ar"]),
-                _share(views["best template"]["within_15_deg"]),
-                _share(views["best of five"]["within_15_deg"]),
+                share(one["add_recall"]),
+                share(pose["add_recall"]),
+                number(pose["rotation_deg"], 1),
+                number(pose["translation_mm"], 1),
+                share(pose["mspd_10px"]),
+                share(pose["vsd"]),
+                share(pose["mssd"]),
+                share(pose["mspd"]),
+                share(pose["ar"]),
+                share(views["best template"]["within_15_deg"]),
+                share(views["best of five"]["within_15_deg"]),
             ]
         )
 
@@ -196,11 +196,11 @@ def _stage_table(overall: Mapping[str, Any], stages: Sequence[str]) -> str:
             rows.append(
                 [
                     f"{name}: {stage}",
-                    _share(pose["add_recall"]),
-                    _number(pose["rotation_deg"], 1),
-                    _number(pose["translation_mm"], 1),
-                    _share(pose["mspd_10px"]),
-                    *(_share(pose[key]) for key in ("vsd", "mssd", "mspd", "ar")),
+                    share(pose["add_recall"]),
+                    number(pose["rotation_deg"], 1),
+                    number(pose["translation_mm"], 1),
+                    share(pose["mspd_10px"]),
+                    *(share(pose[key]) for key in ("vsd", "mssd", "mspd", "ar")),
                     str(pose["answered"]),
                     str(pose["from_affine"]) if stage.startswith("stage 3") else "",
                 ]
@@ -241,10 +241,10 @@ def _endpoint_table(overall: Mapping[str, Any]) -> str:
                         "–" if s is None else f"{s['median']:.1f} / {s['median_of_means']:.1f}"
                         for s in stages
                     ),
-                    _share(certain["precision"]),
-                    _share(certain["recall"]),
-                    _share(certain["precision_good"]),
-                    _share(certain["recall_good"]),
+                    share(certain["precision"]),
+                    share(certain["recall"]),
+                    share(certain["precision_good"]),
+                    share(certain["recall_good"]),
                 ]
             )
     head = [
@@ -268,7 +268,7 @@ def _endpoint_table(overall: Mapping[str, Any]) -> str:
 
 def _bottleneck_table(parts: Mapping[str, Any]) -> str:
     names = list(next(iter(parts.values())))
-    rows = [[name, *(_share(part[name]) for part in parts.values())] for name in names]
+    rows = [[name, *(share(part[name]) for part in parts.values())] for name in names]
     note = "ADD(-S) < 0.1 d with one hypothesis and the truth in place of:"
     return note + "\n\n" + table(["", *parts], rows)
 
@@ -281,10 +281,10 @@ def _confidence_tables(parts: Mapping[str, Any]) -> str:
         "correct against wrong published pose, AUC": "auc_correct_pose",
         "calibration error": "calibration_error",
     }
-    rows = [[title, *(_share(part[key]) for part in parts.values())] for title, key in keys.items()]
+    rows = [[title, *(share(part[key]) for part in parts.values())] for title, key in keys.items()]
     mapped = [part["mapping"] for part in parts.values()]
     rows.append(
-        ["calibration error after the mapping below", *(_share(m["calibration_error"]) for m in mapped)]
+        ["calibration error after the mapping below", *(share(m["calibration_error"]) for m in mapped)]
     )
     rows.append(
         [
@@ -297,8 +297,8 @@ def _confidence_tables(parts: Mapping[str, Any]) -> str:
         [
             f"{entry['from']:.1f} to {entry['to']:.1f}",
             str(entry["queries"]),
-            _share(entry["confidence"]),
-            _share(entry["correct"]),
+            share(entry["confidence"]),
+            share(entry["correct"]),
         ]
         for entry in curve
     ]
@@ -320,12 +320,12 @@ def _object_table(objects: Mapping[str, Any], facts: Mapping[str, Any], first: s
                 fact["group"],
                 "yes" if fact["ambiguous"] else "",
                 str(cut["queries"]),
-                _share(cut["pose"][first]["add_recall"]),
-                _share(pose["add_recall"]),
-                _number(pose["rotation_deg"], 1),
-                _share(pose["ar"]),
-                _share(cut["viewpoint"]["best template"]["within_15_deg"]),
-                "–" if ends is None else _number(ends["median"], 1),
+                share(cut["pose"][first]["add_recall"]),
+                share(pose["add_recall"]),
+                number(pose["rotation_deg"], 1),
+                share(pose["ar"]),
+                share(cut["viewpoint"]["best template"]["within_15_deg"]),
+                "–" if ends is None else number(ends["median"], 1),
             ]
         )
     head = [
@@ -346,4 +346,4 @@ def _object_table(objects: Mapping[str, Any], facts: Mapping[str, Any], first: s
 def _time_table(times: Mapping[str, Any]) -> str:
     stages = times["milliseconds_per_query"]
     note = f"Milliseconds per query, median over the scenes; {times['device']}, {times['threads']} threads."
-    return note + "\n\n" + table(["", *stages], [["", *(_number(value, 0) for value in stages.values())]])
+    return note + "\n\n" + table(["", *stages], [["", *(number(value, 0) for value in stages.values())]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -14,6 +15,10 @@ _MIN_PAIRS = 4
 _DRAWN_FROM = 600
 _REFINE_ROUNDS = 5
 _LM_STEPS = 20
+
+Draw = Callable[[np.ndarray, np.ndarray, np.ndarray, float, int], tuple[np.ndarray, np.ndarray] | None]
+"""A RANSAC: pixels (n, 2), points (n, 3), K (3, 3), threshold in px and most draws -> pose (4, 4) and the
+indices of its inliers, or None."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,12 @@ class PoseSolution:
 
 
 def solve_pose(
-    corr: Correspondences, K: np.ndarray, threshold: float = 2.0, iterations: int = 1000, refine: bool = True
+    corr: Correspondences,
+    K: np.ndarray,
+    threshold: float = 2.0,
+    iterations: int = 1000,
+    refine: bool = True,
+    draw: Draw | None = None,
 ) -> PoseSolution | None:
     """PnP with RANSAC.
 
@@ -48,6 +58,7 @@ def solve_pose(
             own; there with 150 draws and 2 px). True draws three, which finds a pose among far more outliers
             in the same time, then polishes by least squares on the inliers and picks the inliers anew until
             they stay the same.
+        draw: another RANSAC than these two, for who compares them.
 
     Returns:
         The solution, or None where there is none: fewer than four pairs, no agreement, object behind the
@@ -59,7 +70,7 @@ def solve_pose(
     uv = np.ascontiguousarray(corr.uv[finite])
     xyz = np.ascontiguousarray(corr.xyz[finite])
     K = np.asarray(K, np.float64)
-    draw = _draw_three if refine else _draw_five
+    draw = draw or (draw_three if refine else draw_five)
     try:
         start = draw(uv, xyz, K, threshold, iterations)
     except cv2.error:  # degenerate draws end in an assertion inside OpenCV
@@ -78,10 +89,14 @@ def solve_pose(
     return PoseSolution(pose, finite[chosen], len(chosen) / len(finite), covariance)
 
 
-def _draw_five(
+def draw_five(
     uv: np.ndarray, xyz: np.ndarray, K: np.ndarray, threshold: float, iterations: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The released network's RANSAC: (pose, inlier indices) or None."""
+    """The released network's RANSAC: (pose, inlier indices) or None; arguments as of :func:`solve_pose`.
+
+    Raises:
+        cv2.error: OpenCV met a degenerate draw.
+    """
     found, rvec, tvec, inliers = cv2.solvePnPRansac(
         xyz, uv, K, None, iterationsCount=iterations, reprojectionError=threshold, flags=cv2.SOLVEPNP_EPNP
     )
@@ -90,10 +105,14 @@ def _draw_five(
     return make_transform(cv2.Rodrigues(rvec)[0], tvec), inliers.ravel()
 
 
-def _draw_three(
+def draw_three(
     uv: np.ndarray, xyz: np.ndarray, K: np.ndarray, threshold: float, iterations: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """OpenCV's USAC with minimal draws from some of the pairs: (pose, indices of all inliers) or None."""
+    """OpenCV's USAC with minimal draws from some of the pairs: (pose, indices of all inliers) or None.
+
+    Raises:
+        cv2.error: OpenCV met a degenerate draw.
+    """
     params = cv2.UsacParams()
     params.confidence = 0.999
     params.isParallel = False
