@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -32,16 +33,22 @@ from picopose_ros.geometry.crops import (
 )
 from picopose_ros.geometry.pnp import PoseSolution, pose_covariance, solve_pose
 from picopose_ros.geometry.poses import pose_from_affine
-from picopose_ros.model import Features, PicoPose, load_model, model_fingerprint
-from picopose_ros.model.matching import patch_mask
+from picopose_ros.inference import (
+    PATCHES,
+    Choice,
+    Hypothesis,
+    Network,
+    Precision,
+    Query,
+    resolve_precision,
+)
+from picopose_ros.model import PicoPose, load_model, model_fingerprint
+from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import Onboarding, TemplateBank, load_or_build, onboard
 from picopose_ros.templates.meshes import discover_objects
 
 _log = logging.getLogger(__name__)
-
-PATCHES = 16
-"""Side of the grid on which it is counted how much of a segment a hypothesis explains."""
 
 # The released network's PnP, which the decode mode "reference" reproduces.
 _RELEASED_THRESHOLD_PX = 2.0
@@ -77,7 +84,10 @@ class EstimatorSettings:
         second_look: once more through stage 3 for the best pose, from the template nearest to it and the
             affine that it implies; the better of the two poses is published. Not in the paper.
         max_batch: most crops or hypotheses that go through the network at once.
-        template_cache_mb: memory for the features of templates that were hypotheses lately.
+        template_cache_mb: memory for what stages 2 and 3 need of templates that were hypotheses lately.
+        precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        prune: so many hypotheses of a segment go through the last grid, the ones that promise most after the
+            grids before; 0: all of them.
         keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
     """
 
@@ -89,7 +99,9 @@ class EstimatorSettings:
     second_look: bool = False
     min_mask_pixels: int = 32
     max_batch: int = 16
-    template_cache_mb: int = 256
+    template_cache_mb: int = 512
+    precision: Precision = "auto"
+    prune: int = 0
     keep_background: bool = False
 
     def __post_init__(self) -> None:
@@ -99,6 +111,10 @@ class EstimatorSettings:
         for name in ("ransac_threshold_px", "correlated_pairs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive")
+        for name in ("template_cache_mb", "prune"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must not be negative")
+        resolve_precision(self.precision, torch.device("cpu"))
         if self.decode not in ("reference", "subpixel"):
             raise ConfigError(f"decode is '{self.decode}', choose 'subpixel' or 'reference'")
 
@@ -137,43 +153,6 @@ class ObjectPose:
     match_score: float
     bbox_centre: np.ndarray
     bbox_size: np.ndarray
-
-
-@dataclass(frozen=True)
-class Query:
-    """A segment that is worth asking about.
-
-    Attributes:
-        index: of the segment in the input. bank: of its class. M_crop_img: (3, 3) full image -> crop.
-        crop: (3, 224, 224) network input. mask: (224, 224) uint8.
-    """
-
-    index: int
-    segment: Segment
-    bank: TemplateBank
-    M_crop_img: np.ndarray
-    crop: np.ndarray
-    mask: np.ndarray
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A template of a query, with what the network says about the two.
-
-    Attributes:
-        template: index in the bank. match_score: stage 1's.
-        affine: (3, 3) template crop px -> query crop px. flow: (2, 64, 64) cells. certainty: (64, 64) logits.
-        coarse: where it is traced, flow (2, n, n) and certainty (n, n) at the grids before the last.
-        matches: where it is traced, (2, 16, 16) query crop px (x, y) of each template patch's best match.
-    """
-
-    template: int
-    match_score: float
-    affine: np.ndarray
-    flow: np.ndarray
-    certainty: np.ndarray
-    coarse: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
-    matches: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -273,8 +252,9 @@ class PoseEstimator:
         settings: EstimatorSettings | None = None,
         device: str | torch.device = "cpu",
         aliases: Mapping[str, str] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
-        """Move the network and what stage 1 needs of the banks to ``device``.
+        """Move the network to ``device``.
 
         Args:
             model: in evaluation mode.
@@ -282,6 +262,7 @@ class PoseEstimator:
             settings: the defaults if None.
             device: torch device of the network.
             aliases: further class ids of segments -> class id of a bank.
+            schedule: what is done to be fast; everything if None. For measurements.
         """
         self.banks = dict(banks)
         self.settings = settings or EstimatorSettings()
@@ -289,9 +270,27 @@ class PoseEstimator:
         self.model = model.to(self.device).eval()
         self._calibration = Calibration(*getattr(model, "calibration", ()))
         self._aliases = dict(aliases or {})
-        self._descriptors = {n: torch.from_numpy(b.descriptors).to(self.device) for n, b in banks.items()}
-        self._masks = {n: torch.from_numpy(b.masks).to(self.device) for n, b in banks.items()}
-        self._templates = _TemplateFeatures(self.settings.template_cache_mb * 2**20)
+        self._schedule = schedule or Schedule()
+        # As many threads as the network has: they wait while it runs, and it while they do.
+        self._solvers = ThreadPoolExecutor(torch.get_num_threads(), "pnp")
+
+    @cached_property
+    def _network(self) -> Network:
+        """The network with what it needs of the banks, on the device."""
+        settings = self.settings
+        return Network(
+            self.model,
+            self.banks,
+            self.device,
+            settings.max_batch,
+            settings.template_cache_mb * 2**20,
+            settings.precision,
+            self._schedule,
+        )
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory on the device beside the network's: ``descriptors``, ``masks``, ``cache`` of templates."""
+        return self._network.resident_bytes()
 
     @classmethod
     def from_mesh_dir(
@@ -363,11 +362,8 @@ class PoseEstimator:
                 clock.lap("encode")
                 chosen = self._retrieve(queries, features)
                 clock.lap("match")
-                hypotheses = self._regress(queries, features, chosen, clock, trace)
-            for position, query in enumerate(queries):
-                own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
-                attempted.append([self._attempt(query, hypothesis, camera) for hypothesis in own])
-            clock.lap("pnp")
+                found = self._regress(queries, features, chosen, trace, keep=self.settings.prune or None)
+                attempted = self._attempts(queries, chosen, found, camera, clock)
             again = self._look_again(queries, features, attempted, camera, clock, trace)
             for query, own, seconds in zip(queries, attempted, again):
                 pose = self._choose(query, _with_second(own, seconds, self._best(own)), camera)
@@ -415,10 +411,9 @@ class PoseEstimator:
                     for row, query in enumerate(queries)
                     for t in templates[query.index]
                 ]
-                hypotheses = self._regress(queries, features, chosen, StageClock(self.device), True, given)
-            for position, query in enumerate(queries):
-                own = [h for (row, *_), h in zip(chosen, hypotheses) if row == position]
-                attempts = [self._attempt(query, hypothesis, camera) for hypothesis in own]
+                found = self._regress(queries, features, chosen, True, given)
+                attempted = self._attempts(queries, chosen, found, camera, StageClock(self.device))
+            for query, attempts in zip(queries, attempted):
                 traces[query.index] = self._trace(query, attempts, {}, camera)
         return traces
 
@@ -457,86 +452,61 @@ class PoseEstimator:
             skipped.append((index, reason))
         return queries, skipped
 
-    def _encode(self, queries: list[Query]) -> Features:
-        """Features of the queries' crops, in their order."""
-        crops = torch.from_numpy(np.stack([query.crop for query in queries])).to(self.device)
-        return _concatenate([self.model.encode(part) for part in crops.split(self.settings.max_batch)])
+    def _encode(self, queries: Sequence[Query]) -> Prepared:
+        """What the stages need of the queries' crops, in their order."""
+        return self._network.encode(queries)
 
-    def _query_masks(self, queries: list[Query]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([query.mask for query in queries])).to(self.device)
+    def _scores(self, queries: Sequence[Query], encoded: Prepared) -> list[torch.Tensor]:
+        """Stage 1: per query the score (N,) of every template of its bank."""
+        return self._network.scores(queries, encoded)
 
-    def _retrieve(self, queries: list[Query], features: Features) -> list[tuple[int, int, float]]:
-        """Stage 1: (position of the query, template, score), best first within a query."""
-        chosen: list[tuple[int, int, float]] = []
-        for row, scores in enumerate(self._scores(queries, features)):
+    def _retrieve(self, queries: Sequence[Query], encoded: Prepared) -> list[Choice]:
+        """Stage 1: the templates to try, best first within a query."""
+        chosen: list[Choice] = []
+        for row, scores in enumerate(self._scores(queries, encoded)):
             best = scores.topk(min(self.settings.hypotheses, len(scores)))
             chosen += [(row, *choice) for choice in zip(best.indices.tolist(), best.values.tolist())]
         return chosen
 
-    def _scores(self, queries: list[Query], features: Features) -> list[torch.Tensor]:
-        """Stage 1: per query the score (N,) of every template of its bank."""
-        masks = self._query_masks(queries)
-        found: dict[int, torch.Tensor] = {}
-        for class_id in dict.fromkeys(query.bank.class_id for query in queries):
-            rows = [i for i, query in enumerate(queries) if query.bank.class_id == class_id]
-            scores = self.model.match(
-                features.descriptors[rows],
-                masks[rows].float(),
-                self._descriptors[class_id],
-                self._masks[class_id],
-            )
-            found.update(zip(rows, scores))
-        return [found[row] for row in range(len(queries))]
-
     def _regress(
         self,
-        queries: list[Query],
-        features: Features,
-        chosen: list[tuple[int, int, float]],
-        clock: StageClock,
-        trace: bool,
+        queries: Sequence[Query],
+        encoded: Prepared,
+        chosen: Sequence[Choice],
+        trace: bool = False,
         affines: Sequence[np.ndarray | None] | None = None,
-    ) -> list[Hypothesis]:
-        """Stages 2 and 3 for the chosen templates, in their order; stage 3 alone where an affine is given."""
-        size = self.settings.max_batch
-        wanted = [(queries[row].bank, template) for row, template, _ in chosen]
-        self._templates.ensure(wanted, self.model, self.device, size)
-        clock.lap("encode")
-        masks = self._query_masks(queries)
-        hypotheses: dict[int, Hypothesis] = {}
-        given = [None] * len(chosen) if affines is None else affines
-        for part in _alike_parts([affine is None for affine in given], size):
-            rows = torch.tensor([chosen[i][0] for i in part], device=self.device)
-            pairs = [wanted[i] for i in part]
-            query, template = features.select(rows), self._templates.batch(pairs)
-            query_masks = masks[rows].float()
-            template_masks = torch.stack([self._masks[bank.class_id][t] for bank, t in pairs]).float()
-            if given[part[0]] is None:
-                centres = torch.from_numpy(np.stack([bank.centres[t] for bank, t in pairs])).to(self.device)
-                refinement = self.model.regress(query, template, query_masks, template_masks, centres)
-                affine, levels = refinement.affine.float(), refinement.levels
-            else:
-                affine = torch.from_numpy(np.stack([given[i] for i in part])).float().to(self.device)
-                pyramids = [self.model.pyramid(features.taps) for features in (query, template)]
-                levels = self.model.refine(*pyramids, affine, patch_mask(template_masks))
-            affine = affine.cpu().numpy()
-            maps = [
-                (level.flow.float().cpu().numpy(), level.certainty[:, 0].float().cpu().numpy())
-                for level in (levels if trace else levels[-1:])
-            ]
-            matches = _patch_matches(query, template, query_masks) if trace else [None] * len(part)
-            for k, i in enumerate(part):
-                *coarse, (flow, certainty) = ((f[k], c[k]) for f, c in maps)
-                _, index, score = chosen[i]
-                hypotheses[i] = Hypothesis(
-                    index, score, affine[k], flow, certainty, tuple(coarse), matches[k]
-                )
-        self._templates.trim()
+        keep: int | None = None,
+    ) -> Iterator[tuple[int, Hypothesis]]:
+        """Stages 2 and 3; see `Network.regress`."""
+        return self._network.regress(queries, encoded, chosen, trace, affines, keep)
+
+    def _attempts(
+        self,
+        queries: Sequence[Query],
+        chosen: Sequence[Choice],
+        found: Iterable[tuple[int, Hypothesis]],
+        camera: CameraModel,
+        clock: StageClock,
+    ) -> list[list[_Attempt]]:
+        """Per query the attempts of its choices, made in threads while the network goes on with others."""
+        begun: dict[int, Future[_Attempt] | _Attempt] = {}
+        for i, hypothesis in found:
+            task = (queries[chosen[i][0]], hypothesis, camera)
+            parallel = self._schedule.parallel_pnp
+            begun[i] = self._solvers.submit(self._attempt, *task) if parallel else self._attempt(*task)
         clock.lap("regress")
-        return [hypotheses[i] for i in range(len(chosen))]
+        attempted: list[list[_Attempt]] = [[] for _ in queries]
+        for i, (row, *_) in enumerate(chosen):
+            one = begun[i]
+            attempted[row].append(one.result() if isinstance(one, Future) else one)
+        clock.lap("pnp")
+        return attempted
 
     def _attempt(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> _Attempt:
         """Decode and PnP."""
+        if hypothesis.pruned:
+            none = Correspondences(np.empty((0, 2)), np.empty((0, 3)), np.empty(0))
+            return _Attempt(hypothesis, none, None, 0.0)
         seen = self._decode(query, hypothesis)
         pairs = Correspondences(camera.undistort_points(seen.uv), seen.xyz, seen.certainty)
         solution = self._solve(pairs, camera, query.M_crop_img)
@@ -565,7 +535,7 @@ class PoseEstimator:
     def _look_again(
         self,
         queries: list[Query],
-        features: Features,
+        features: Prepared,
         attempted: Sequence[Sequence[_Attempt]],
         camera: CameraModel,
         clock: StageClock,
@@ -578,7 +548,7 @@ class PoseEstimator:
         again: list[dict[int, _Attempt]] = [{} for _ in queries]
         if not self.settings.second_look:
             return again
-        chosen: list[tuple[int, int, float]] = []
+        chosen: list[Choice] = []
         affines: list[np.ndarray] = []
         places: list[tuple[int, int]] = []
         for row, (query, attempts) in enumerate(zip(queries, attempted)):
@@ -592,9 +562,11 @@ class PoseEstimator:
                     places.append((row, index))
         if chosen:
             with torch.inference_mode():
-                hypotheses = self._regress(queries, features, chosen, clock, trace, affines)
-            for (row, index), hypothesis in zip(places, hypotheses):
-                again[row][index] = self._attempt(queries[row], hypothesis, camera)
+                found = self._regress(queries, features, chosen, trace, affines)
+                attempts = self._attempts(queries, chosen, found, camera, clock)
+            looks = [iter(own) for own in attempts]
+            for row, index in places:
+                again[row][index] = next(looks[row])
         return again
 
     def _choose(self, query: Query, attempts: Sequence[_Attempt], camera: CameraModel) -> ObjectPose | None:
@@ -744,24 +716,6 @@ def _place(query: Query, template: int, affine: np.ndarray, camera: CameraModel)
     return T_cam_ctr if T_cam_ctr[2, 3] > 0 else None
 
 
-def _alike_parts(kinds: Sequence[bool], size: int) -> Iterator[list[int]]:
-    """Indices in parts of at most ``size``, each of one kind only."""
-    for kind in (True, False):
-        indices = [i for i, k in enumerate(kinds) if k == kind]
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
-
-
-def _patch_matches(query: Features, template: Features, query_masks: torch.Tensor) -> np.ndarray:
-    """(B, 2, 16, 16) query crop px (x, y) of each template patch's best match inside the query's mask."""
-    similarity = template.descriptors.transpose(1, 2) @ query.descriptors
-    outside = patch_mask(query_masks).flatten(1)[:, None] == 0
-    best = similarity.masked_fill(outside, -1.0).argmax(2).cpu().numpy()
-    patch = CROP_SIZE // PATCHES
-    centres = np.stack([best % PATCHES, best // PATCHES], 1) * patch + (patch - 1) / 2
-    return centres.reshape(-1, 2, PATCHES, PATCHES)
-
-
 def hypothesis_quality(
     uv: np.ndarray, inlier_ratio: float, M_crop_img: np.ndarray, mask: np.ndarray
 ) -> float:
@@ -854,11 +808,6 @@ def _onboard_telling(
     return result
 
 
-def _concatenate(parts: Sequence[Features]) -> Features:
-    taps = tuple(torch.cat(levels) for levels in zip(*(part.taps for part in parts)))
-    return Features(taps, torch.cat([part.descriptors for part in parts]))
-
-
 class StageClock:
     """Milliseconds by stage; a stage may be lapped more than once."""
 
@@ -877,50 +826,3 @@ class StageClock:
     def milliseconds(self) -> dict[str, float]:
         times = {**self._seconds, "total": time.perf_counter() - self._begin}
         return {stage: 1000.0 * seconds for stage, seconds in times.items()}
-
-
-@dataclass
-class _TemplateFeatures:
-    """Features of templates by (class, template), the least lately used leaving first when memory is full."""
-
-    limit: int
-    _entries: OrderedDict[tuple[str, int], Features] = field(default_factory=OrderedDict)
-
-    def ensure(
-        self,
-        wanted: Sequence[tuple[TemplateBank, int]],
-        model: PicoPose,
-        device: torch.device,
-        batch: int,
-    ) -> None:
-        """Encode those that aren't here, together."""
-        missing: dict[tuple[str, int], TemplateBank] = {}
-        for bank, template in wanted:
-            key = (bank.class_id, template)
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            else:
-                missing[key] = bank
-        keys = list(missing)
-        for start in range(0, len(keys), batch):
-            part = keys[start : start + batch]
-            features = model.encode(torch.cat([missing[key].crops([key[1]]) for key in part]).to(device))
-            for row, key in enumerate(part):
-                # Copies: a view would keep the whole batch alive.
-                taps = tuple(tap[row].clone() for tap in features.taps)
-                self._entries[key] = Features(taps, features.descriptors[row].clone())
-
-    def batch(self, wanted: Sequence[tuple[TemplateBank, int]]) -> Features:
-        """The wanted ones, which must have been ensured, as one batch."""
-        entries = [self._entries[bank.class_id, template] for bank, template in wanted]
-        taps = tuple(torch.stack(levels) for levels in zip(*(entry.taps for entry in entries)))
-        return Features(taps, torch.stack([entry.descriptors for entry in entries]))
-
-    def trim(self) -> None:
-        """Forget what exceeds the limit."""
-        if not self._entries:
-            return
-        one = next(iter(self._entries.values()))
-        size = sum(t.numel() * t.element_size() for t in (*one.taps, one.descriptors))
-        while len(self._entries) > max(self.limit // size, 1):
-            self._entries.popitem(last=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb, mask_background
 from picopose_ros.geometry.poses import rotation_angle_deg
-from picopose_ros.model import PRESETS, Features, Refinement
-from picopose_ros.model.network import OffsetLevel
+from picopose_ros.model import PRESETS, Features
+from picopose_ros.model.fast import Prepared, Refining, Schedule
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank
 
@@ -63,30 +63,55 @@ class OracleModel(nn.Module):
             self.templates[crop.numpy().tobytes()] = (bank, index)
 
     def encode(self, rgb: Tensor) -> Features:
+        """A crop's features are its pixels; its descriptors say the how manieth of the shown ones it is."""
         self.encoded.append(len(rgb))
-        return Features((rgb,), torch.zeros(len(rgb), 4, 256))
+        shown = list(self.queries)
+        numbers = [float(shown.index(key)) if key in shown else -1.0 for key in _keys(rgb)]
+        return Features((rgb,), torch.tensor(numbers)[:, None, None].expand(-1, 4, 256))
 
-    def _which(self, features: Features) -> list[bytes]:
-        return [crop.numpy().tobytes() for crop in features.taps[0]]
+    def fast(self, schedule: Schedule | None = None) -> OracleModel:
+        """It knows no faster way."""
+        self.schedule = replace(schedule or Schedule(), template_parts=False)
+        return self
 
-    def match(self, descriptors: Tensor, masks: Tensor, bank: Tensor, bank_masks: Tensor) -> Tensor:
-        """Minus the angle to the true pose, for the queries in the order of their masks."""
+    def query(self, features: Features) -> Prepared:
+        return Prepared(features.descriptors, features.taps)
+
+    template = query
+
+    def scores(self, descriptors: Tensor, patches: Tensor, bank: Tensor, bank_patches: Tensor) -> Tensor:
+        """Minus the angle to the true pose."""
         rows = []
-        for mask in masks:
-            placed = next(
-                p
-                for p in self.queries.values()
-                if np.array_equal(crop_mask(p.segment.mask, crop_box_from_mask(p.segment.mask)), mask.numpy())
-            )
+        for number in descriptors[:, 0, 0].int().tolist():
+            placed = list(self.queries.values())[number]
             true = placed.T_cam_obj[:3, :3]
             rows.append([1 - rotation_angle_deg(T[:3, :3], true) / 180 for T in placed.bank.T_cam_ctr])
         return torch.tensor(rows)
 
-    def regress(
-        self, query: Features, template: Features, query_mask: Tensor, template_mask: Tensor, centre: Tensor
-    ) -> Refinement:
-        affines, flows, certainties = [], [], []
-        for q, t in zip(self._which(query), self._which(template)):
+    def affine(self, query: Prepared, template: Prepared, *masks_and_centres: Tensor) -> Tensor:
+        affines = []
+        for q, t in zip(_keys(query.maps[0]), _keys(template.maps[0])):
+            bank, index = self.templates[t]
+            affines.append(self._affine(self.queries[q], bank, index, self.frames[q]))
+        return torch.from_numpy(np.stack(affines))
+
+    def start(self, affine: Tensor, template_patches: Tensor) -> Refining:
+        return Refining(affine, torch.zeros(len(affine), 2, 16, 16), template_patches[:, None])
+
+    def enlarged(self, state: Refining) -> Refining:
+        larger = (torch.kron(m, torch.ones(2, 2)) for m in (2 * state.flow, state.certainty))
+        return Refining(state.affine, *larger)
+
+    def refine(self, level: int, state: Refining, query: Prepared, template: Prepared) -> Refining:
+        """The answer, on coarse grids every fourth or second cell's."""
+        flow, certainty = self._answer(_keys(query.maps[0]), _keys(template.maps[0]))
+        step = 2 ** (2 - level)
+        return Refining(state.affine, flow[..., ::step, ::step] / step, certainty[..., ::step, ::step])
+
+    def _answer(self, queries: list[bytes], templates: list[bytes]) -> tuple[Tensor, Tensor]:
+        """Flow (B, 2, 64, 64) and certainty (B, 1, 64, 64)."""
+        flows, certainties = [], []
+        for q, t in zip(queries, templates):
             placed, M_query = self.queries[q], self.frames[q]
             bank, index = self.templates[t]
             assert bank is placed.bank, "a query was paired with another object's template"
@@ -110,14 +135,9 @@ class OracleModel(nn.Module):
                 some = np.random.default_rng(0).permutation(len(ys))[:5]
                 lucky[ys[some], xs[some]] = True
                 certainty = np.where(lucky, 5.0, -5.0)
-            affines.append(self._affine(placed, bank, index, M_query))
             flows.append(flow.transpose(2, 0, 1))
             certainties.append(certainty[None])
-        empty = torch.zeros(0)
-        unused = dict.fromkeys((field.name for field in fields(OffsetLevel)), empty)
-        answer = {"flow": torch.tensor(np.stack(flows)), "certainty": torch.tensor(np.stack(certainties))}
-        level = OffsetLevel(**{**unused, **answer})
-        return Refinement(empty, empty, empty, empty, torch.from_numpy(np.stack(affines)), [level])
+        return torch.tensor(np.stack(flows)), torch.tensor(np.stack(certainties))
 
     def _affine(self, placed: Placed, bank: TemplateBank, index: int, M_query: np.ndarray) -> np.ndarray:
         """The true scale and place, no turn: template crop px -> query crop px."""
@@ -131,3 +151,7 @@ class OracleModel(nn.Module):
         M = np.diag([scale, scale, 1.0])
         M[:2, 2] = target - scale * bank.centres[index]
         return M
+
+
+def _keys(crops: Tensor) -> list[bytes]:
+    return [crop.numpy().tobytes() for crop in crops]

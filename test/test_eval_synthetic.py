@@ -28,7 +28,7 @@ from picopose_ros.evaluation.stages import (
     viewpoints,
 )
 from picopose_ros.evaluation.synthetic import Benchmark, PoseFigures, Record, bottleneck, figures, summarise
-from picopose_ros.model import PRESETS, Features, PicoPose, load_model, save_model
+from picopose_ros.model import PRESETS, PicoPose, load_model, save_model
 from picopose_ros.model.affine import initial_flow
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
@@ -58,17 +58,6 @@ def bank(box: ObjectMesh) -> TemplateBank:
     return build_bank(box, OracleModel(), 42)
 
 
-class Oracle(OracleModel):
-    """Also knows stage 3 from a given affine."""
-
-    def pyramid(self, taps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return taps
-
-    def refine(self, query, template, affine, patches):
-        nothing = torch.zeros(len(affine), 4, 256)
-        return self.regress(Features(query, nothing), Features(template, nothing), None, None, None).levels
-
-
 @dataclass(frozen=True)
 class Facts:
     group: str = "seen families"
@@ -77,7 +66,7 @@ class Facts:
 
 
 def test_a_perfect_network_has_perfect_figures(box: ObjectMesh, bank: TemplateBank) -> None:
-    model = Oracle()
+    model = OracleModel()
     model.know(bank)
     estimator = PoseEstimator(model, {"box": bank}, EstimatorSettings(hypotheses=5))
     facts = {"box": Facts()}

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from picopose_ros.estimator import Hypothesis, PoseEstimator, Query, StageClock
+from picopose_ros.estimator import PoseEstimator
+from picopose_ros.inference import Choice, Hypothesis, Query
 from picopose_ros.model import Features, PicoPose
+from picopose_ros.model.fast import Schedule
 from picopose_ros.model.offsets import lookup_volume
 
 CHUNK = 4
@@ -27,8 +32,13 @@ CHUNK = 4
 class ReleasedEstimator(PoseEstimator):
     """A `PoseEstimator` that spends its time as the released code does; same arguments, same results.
 
-    Settings that only make sense otherwise (``max_batch``, the memory for templates) are not looked at.
+    Settings that only make sense otherwise (``max_batch``, ``prune``, ``precision``, the memory for
+    templates) are not looked at. Its first estimate makes what the released code has made before.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """As `PoseEstimator`, without a schedule."""
+        super().__init__(*args, **options, schedule=replace(Schedule(), parallel_pnp=False))
 
     def _encode(self, queries: Sequence[Query]) -> Features:
         crops = torch.from_numpy(np.stack([query.crop for query in queries])).to(self.device)
@@ -37,59 +47,49 @@ class ReleasedEstimator(PoseEstimator):
         return Features(taps, torch.cat([part.descriptors for part in parts]))
 
     def _scores(self, queries: Sequence[Query], features: Features) -> list[torch.Tensor]:
-        resident = self._resident()
         scores = []
         for row, query in enumerate(queries):
-            bank = F.normalize(resident[query.bank.class_id].clone(), dim=1, eps=1e-12)
+            bank = F.normalize(self._resident[query.bank.class_id].clone(), dim=1, eps=1e-12)
             bank = F.normalize(bank, dim=1, eps=1e-12)
             mask = torch.from_numpy(query.mask)[None].float().to(self.device)
             inside = torch.from_numpy(query.bank.masks).to(self.device).float()
             scores.append(self.model.match(features.descriptors[row : row + 1], mask, bank, inside)[0])
         return scores
 
+    @cached_property
     def _resident(self) -> dict[str, torch.Tensor]:
-        """The last tap's features of all templates in fp32, made once."""
-        if not hasattr(self, "_released_banks"):
-            self._released_banks = {
-                name: torch.from_numpy(bank.descriptors).to(self.device).float()
-                for name, bank in self.banks.items()
-            }
-        return self._released_banks
+        """The last tap's features of all templates, in fp32."""
+        return {
+            name: torch.from_numpy(bank.descriptors).to(self.device).float()
+            for name, bank in self.banks.items()
+        }
 
     def _regress(
         self,
         queries: Sequence[Query],
         features: Features,
-        chosen: Sequence[tuple[int, int, float]],
-        clock: StageClock,
+        chosen: Sequence[Choice],
         trace: bool = False,
         affines: Sequence[np.ndarray | None] | None = None,
-    ) -> list[Hypothesis]:
+        keep: int | None = None,
+    ) -> Iterator[tuple[int, Hypothesis]]:
         if trace or affines is not None:
             raise NotImplementedError("the released schedule tells nothing of its stages")
         own = [[i for i, (row, *_) in enumerate(chosen) if row == q] for q in range(len(queries))]
-        hypotheses: dict[int, Hypothesis] = {}
         with _whole_volumes(self.model):
             for start in range(0, len(queries), CHUNK):
                 rows = range(start, min(start + CHUNK, len(queries)))
                 for rank in range(max(len(own[row]) for row in rows)):
                     part = [own[row][rank] for row in rows if rank < len(own[row])]
-                    hypotheses.update(zip(part, self._one_each(queries, features, chosen, part, clock)))
-        return [hypotheses[i] for i in range(len(chosen))]
+                    yield from zip(part, self._one_each(queries, features, chosen, part))
 
     def _one_each(
-        self,
-        queries: Sequence[Query],
-        features: Features,
-        chosen: Sequence[tuple[int, int, float]],
-        part: Sequence[int],
-        clock: StageClock,
+        self, queries: Sequence[Query], features: Features, chosen: Sequence[Choice], part: Sequence[int]
     ) -> list[Hypothesis]:
         """One hypothesis of every segment of a chunk."""
         rows = [chosen[i][0] for i in part]
         pairs = [(queries[row].bank, chosen[i][1]) for row, i in zip(rows, part)]
         template = self.model.encode(torch.cat([bank.crops([t]) for bank, t in pairs]).to(self.device))
-        clock.lap("encode")
         masks = torch.from_numpy(np.stack([queries[row].mask for row in rows])).to(self.device)
         template_masks = torch.from_numpy(np.stack([bank.masks[t] for bank, t in pairs])).to(self.device)
         centres = torch.from_numpy(np.stack([bank.centres[t] for bank, t in pairs])).to(self.device)
@@ -102,7 +102,6 @@ class ReleasedEstimator(PoseEstimator):
         )
         affine, flow = found.affine.float().cpu().numpy(), found.flow.float().cpu().numpy()
         certainty = found.certainty[:, 0].float().cpu().numpy()
-        clock.lap("regress")
         return [
             Hypothesis(chosen[i][1], chosen[i][2], affine[k], flow[k], certainty[k])
             for k, i in enumerate(part)

@@ -19,6 +19,7 @@ from picopose_ros.model.affine import (
 )
 from picopose_ros.model.backbone import make_backbone
 from picopose_ros.model.config import ModelConfig
+from picopose_ros.model.fast import FastStages, Schedule
 from picopose_ros.model.matching import match_scores_masked, match_scores_released, patch_mask
 from picopose_ros.model.offsets import OffsetLevel, OffsetRegressor
 from picopose_ros.model.pyramid import make_pyramid
@@ -88,6 +89,10 @@ class PicoPose(nn.Module):
     def temperature(self) -> Tensor:
         """Temperature of the softmax over patch similarities (stage 1's loss, stage 2's input)."""
         return self.log_temperature.clamp(math.log(0.01), 0.0).exp()
+
+    def fast(self, schedule: Schedule | None = None) -> FastStages:
+        """The stages arranged for inference with the weights of now, where they are now."""
+        return FastStages(self, schedule)
 
     def encode(self, rgb: Tensor) -> Features:
         """Encode normalised crops (B, 3, 224, 224), channels in BGR order."""

@@ -203,6 +203,13 @@ class OffsetBlock(nn.Module):
             nn.init.zeros_(self.flow_head.predict.weight)
             nn.init.zeros_(self.flow_head.predict.bias)
 
+    def correlated(self, template: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected features (B, C, n, n) as those whose dot products are the correlations."""
+        if self.cosine:
+            gain = self.log_gain.exp()
+            return gain * F.normalize(template.float(), dim=1), F.normalize(query.float(), dim=1)
+        return template / math.sqrt(template.shape[1]), query
+
     def forward(
         self,
         template: Tensor,
@@ -224,11 +231,7 @@ class OffsetBlock(nn.Module):
         else:
             base = affine_flow(affine, flow.shape[-1])
             seen, position = sample_at(query, (grid + base + self.shift).to(query.dtype)), grid + flow
-        if self.cosine:
-            gain = self.log_gain.exp()
-            corr_t, corr_q = gain * F.normalize(template.float(), dim=1), F.normalize(seen.float(), dim=1)
-        else:
-            corr_t, corr_q = template / math.sqrt(template.shape[1]), seen
+        corr_t, corr_q = self.correlated(template, seen)
         correlation = self.lookup(corr_t, corr_q, position, self.radius, self.levels)
         motion = self.encoder(correlation, flow)
         warped = sample_at(seen, position.to(seen.dtype))
@@ -238,7 +241,7 @@ class OffsetBlock(nn.Module):
         flow_in, flow_step, residual = flow, step, None
         if affine is not None:
             residual = flow + step
-            flow_in, flow_step = base + _turned(affine, flow), _turned(affine, step)
+            flow_in, flow_step = base + turned(affine, flow), turned(affine, step)
         return OffsetLevel(
             flow=flow_in + flow_step,
             certainty=certainty + certainty_step,
@@ -268,12 +271,13 @@ def affine_flow(affine: Tensor, n: int) -> Tensor:
     return (target.unflatten(2, (n, n)) - 0.5) / cell - grid
 
 
-def _turned(affine: Tensor, flow: Tensor) -> Tensor:
-    """A flow in the template's axes as one in the query's."""
+def turned(affine: Tensor, flow: Tensor) -> Tensor:
+    """A flow (B, 2, n, n) in the template's axes as one in the query's, by an affine (B, 3, 3)."""
     return (affine[:, :2, :2] @ flow.flatten(2)).unflatten(2, flow.shape[2:])
 
 
-def _double(x: Tensor, half_pixel: bool) -> Tensor:
+def double(x: Tensor, half_pixel: bool) -> Tensor:
+    """A map (B, C, n, n) at twice the resolution (B, C, 2n, 2n)."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=not half_pixel)
 
 
@@ -309,10 +313,10 @@ class OffsetRegressor(nn.Module):
             if levels:
                 last = levels[-1]
                 if self.aligned:
-                    flow = 2 * _double(last.residual, True)
+                    flow = 2 * double(last.residual, True)
                 else:
-                    flow = 2 * _double(last.flow, self.half_pixel) - 0.5 * self.half_pixel
-                certainty = _double(last.certainty, self.half_pixel)
+                    flow = 2 * double(last.flow, self.half_pixel) - 0.5 * self.half_pixel
+                certainty = double(last.certainty, self.half_pixel)
                 if self.detach:
                     flow, certainty = flow.detach(), certainty.detach()
             levels.append(block(t, q, flow, certainty, affine if self.aligned else None))
