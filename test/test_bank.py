@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from picopose_ros.templates.bank import (
     crop_template,
     default_cache_dir,
     load_or_build,
+    loading,
     onboard,
 )
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object
@@ -96,6 +99,29 @@ def test_shapes_and_types(bank: TemplateBank) -> None:
         assert (array.shape, array.dtype) == (shape, dtype), name
     assert len(bank) == VIEWS and bank.class_id == "egg"
     assert bank.diameter == pytest.approx(0.16, rel=1e-3)
+
+
+def test_rendering_beside_the_network_changes_nothing(
+    bank: TemplateBank, mesh: ObjectMesh, model: PicoPose
+) -> None:
+    K = bank_module.TEMPLATE_K.copy()
+    K[:2, 2] -= 160, 80
+    crops, inputs = [], []
+    with MeshRenderer(antialias=True) as renderer:
+        for index, R in enumerate(viewpoint_rotations(VIEWS)):
+            T_cam_obj, T_ctr_obj = np.eye(4), np.eye(4)
+            T_cam_obj[:3, :3], T_cam_obj[2, 3], T_ctr_obj[:3, 3] = R, 2 * mesh.diagonal, -mesh.centre
+            view = renderer.render(mesh, T_cam_obj @ T_ctr_obj, K, 320, 320)
+            crops.append(crop_template(view, K))
+            inputs.append(crop_rgb(view.rgb, crops[-1].box))
+            side = crops[-1].box.side
+            assert np.array_equal(bank.images[index, :side, :side], crops[-1].pixels)
+    assert np.array_equal(bank.masks, np.stack([crop.mask for crop in crops]))
+    assert np.array_equal(bank.points_consistent, np.stack([crop.points_consistent for crop in crops]))
+    with torch.inference_mode():
+        parts = torch.from_numpy(np.stack(inputs)).split(bank_module.ENCODE_BATCH)
+        descriptors = torch.cat([model.encode(part).descriptors.half() for part in parts])
+    assert np.array_equal(bank.descriptors, descriptors.numpy())
 
 
 def test_some_templates_are_a_bank_too(bank: TemplateBank) -> None:
@@ -495,7 +521,11 @@ def test_processes_at_once_build_it_once(
 
 
 def test_bad_meshes_do_not_stop_the_others(
-    tmp_path: Path, model: PicoPose, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model: PicoPose,
+    bank: TemplateBank,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     meshes = tmp_path / "meshes"
     meshes.mkdir()
@@ -509,12 +539,17 @@ def test_bad_meshes_do_not_stop_the_others(
     assert list(result.specs) == ["broken", "egg", "empty", "giant"]
     assert list(result.failed) == ["broken", "empty"]
     assert "broken.ply" in result.failed["broken"] and "empty.obj" in result.failed["empty"]
+    assert same(result.banks["egg"], bank), "made beside another object, it is the same"
     (warning,) = result.warnings
     assert "giant.ply" in warning and "unit mm would make it" in warning
     assert "broken.ply" in caplog.text and warning in caplog.text
     assert "view" not in capsys.readouterr().err, "no progress bar unless asked for, and never into a log"
 
-    again = onboard(meshes, model, VIEWS, cache_dir=tmp_path / "cache")
+    told: list[tuple[str, int, int]] = []
+    again = onboard(
+        meshes, model, VIEWS, cache_dir=tmp_path / "cache", progress=lambda *step: told.append(step)
+    )
+    assert told == [(n, k + i, 4) for k, n in enumerate(("broken", "egg", "empty", "giant")) for i in (0, 1)]
     assert again.warnings == result.warnings, "a cached bank still warns"
     assert same(again.banks["egg"], result.banks["egg"])
 
@@ -523,3 +558,36 @@ def test_directory_of_bad_meshes_is_refused(tmp_path: Path, model: PicoPose) -> 
     (tmp_path / "broken.ply").write_bytes(b"ply\nnonsense")
     with pytest.raises(MeshError, match=r"no object of .* can be used: .*broken\.ply"):
         onboard(tmp_path, model, VIEWS, cache_dir=tmp_path / "cache")
+
+
+class _Enough(Exception):
+    pass
+
+
+def test_onboarding_that_is_given_up_ends_soon_and_leaves_nothing(tmp_path: Path, model: PicoPose) -> None:
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    for index in range(3):
+        write_object(meshes / f"egg_{index}.ply", shade=10 * index)
+    specs, cache = discover_objects(meshes), tmp_path / "cache"
+    begun = threading.active_count()
+    with pytest.raises(_Enough), loading(specs, model, 642, cache) as banks:
+        raise _Enough
+    assert banks[2].cancelled() or banks[2].exception() is not None
+    assert not any(future.done() and not future.cancelled() and not future.exception() for future in banks)
+    assert threading.active_count() == begun
+    assert not list(cache.glob("*.safetensors")) and not list(cache.glob(".*.partial"))
+
+
+def test_waiting_for_another_process_can_be_given_up(
+    spec: ObjectSpec, model: PicoPose, builds: Builds, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    load_or_build(spec, model, VIEWS, cache)
+    (entry,) = entries(cache)
+    entry.unlink()
+    with (cache / f".{entry.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would hold it
+        with pytest.raises(_Enough), loading([spec], model, VIEWS, cache) as banks:
+            raise _Enough
+    assert banks[0].exception() is not None and builds.count == 1

@@ -9,7 +9,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +57,12 @@ WINDOW = 320
 ENCODE_BATCH = 16
 """Templates per forward pass of the network."""
 
+OBJECTS_AT_ONCE = min(4, max(2, (os.cpu_count() or 1) // 4))
+"""Objects that are onboarded at the same time: one is rendered, read or written while another is encoded."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a class id, the number of objects done and the number of objects; what it raises ends all."""
+
 _FORMAT = 1
 """Raise it when the meaning or the making of a bank changes: every cached bank is then rebuilt."""
 
@@ -73,6 +83,13 @@ _ARRAYS = (
 _PER_TEMPLATE = tuple(name for name in _ARRAYS if name not in ("centre", "K", "extents"))
 
 _log = logging.getLogger(__name__)
+
+_ENCODING = threading.Lock()
+"""Two passes at once through a network that has every core would only be in each other's way."""
+
+
+class _Stopped(Exception):
+    """Nobody waits for this bank any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,8 +217,9 @@ def build_bank(
     count: int = 162,
     device: str | torch.device | None = None,
     progress: bool = False,
+    stop: threading.Event | None = None,
 ) -> TemplateBank:
-    """Render an object from all sides and encode the views.
+    """Render an object from all sides and encode the views, both at the same time.
 
     Args:
         mesh: in metres.
@@ -209,6 +227,7 @@ def build_bank(
         count: viewpoints: 42, 162 or 642.
         device: where the network runs; None: where it is.
         progress: show a progress bar on a terminal.
+        stop: once it is set, the work ends with an exception.
 
     Raises:
         ConfigError: no such number of viewpoints.
@@ -229,24 +248,16 @@ def build_bank(
     T_cam_ctr[:, 2, 3] = DISTANCE * mesh.diagonal
 
     crops: list[TemplateCrop] = []
-    batch: list[np.ndarray] = []
     descriptors: list[np.ndarray] = []
-    with MeshRenderer(antialias=True) as renderer, _bar(mesh.spec.class_id, count, progress) as bar:
-        for index, pose in enumerate(T_cam_ctr):
-            view = renderer.render(mesh, pose @ T_ctr_obj, K, WINDOW, WINDOW)
-            if not view.mask.any():
-                raise MeshError(
-                    f"mesh {mesh.spec.path} cannot be seen from viewpoint {index}: its faces have no area "
-                    "there; give it some thickness"
-                )
-            crops.append(crop_template(view, K))
-            batch.append(crop_rgb(view.rgb, crops[-1].box))
-            if len(batch) == ENCODE_BATCH or index == count - 1:
-                with torch.inference_mode():
-                    features = model.encode(torch.from_numpy(np.stack(batch)).to(device))
+    with _bar(mesh.spec.class_id, count, progress) as bar, _rendered(mesh, T_cam_ctr @ T_ctr_obj, K) as parts:
+        for part, batch in parts:
+            if stop is not None and stop.is_set():
+                raise _Stopped(mesh.spec.class_id)
+            with _ENCODING, torch.inference_mode():
+                features = model.encode(batch.to(device))
                 descriptors.append(features.descriptors.half().cpu().numpy())
-                bar.update(len(batch))
-                batch.clear()
+            crops += part
+            bar.update(len(part))
 
     boxes = [CropBox(left + crop.box.left, top + crop.box.top, crop.box.side) for crop in crops]
     images = np.zeros((count, *(max(box.side for box in boxes),) * 2, 3), np.uint8)
@@ -270,6 +281,50 @@ def build_bank(
     )
 
 
+@contextlib.contextmanager
+def _rendered(
+    mesh: ObjectMesh, poses: np.ndarray, K: np.ndarray
+) -> Iterator[Iterator[tuple[list[TemplateCrop], torch.Tensor]]]:
+    """Crops and network inputs (n, 3, 224, 224) of all poses (N, 4, 4), `ENCODE_BATCH` at a time, in order.
+
+    They are rendered by a thread of its own, to which the OpenGL context belongs, two batches ahead.
+    """
+    renderers: list[MeshRenderer] = []
+
+    def render(start: int) -> tuple[list[TemplateCrop], torch.Tensor]:
+        if not renderers:
+            renderers.append(MeshRenderer(antialias=True))
+        crops, inputs = [], []
+        for index, pose in enumerate(poses[start : start + ENCODE_BATCH], start):
+            view = renderers[0].render(mesh, pose, K, WINDOW, WINDOW)
+            if not view.mask.any():
+                raise MeshError(
+                    f"mesh {mesh.spec.path} cannot be seen from viewpoint {index}: its faces have no area "
+                    "there; give it some thickness"
+                )
+            crops.append(crop_template(view, K))
+            inputs.append(crop_rgb(view.rgb, crops[-1].box))
+        return crops, torch.from_numpy(np.stack(inputs))
+
+    ahead: deque[Future[tuple[list[TemplateCrop], torch.Tensor]]] = deque()
+
+    def batches() -> Iterator[tuple[list[TemplateCrop], torch.Tensor]]:
+        starts = deque(range(0, len(poses), ENCODE_BATCH))
+        while ahead or starts:
+            while starts and len(ahead) < 3:
+                ahead.append(thread.submit(render, starts.popleft()))
+            yield ahead.popleft().result()
+
+    with ThreadPoolExecutor(1, "render") as thread:
+        try:
+            yield batches()
+        finally:
+            for batch in ahead:
+                batch.cancel()
+            for renderer in renderers:
+                thread.submit(renderer.close).result()
+
+
 def load_or_build(
     spec: ObjectSpec,
     model: PicoPose,
@@ -278,6 +333,7 @@ def load_or_build(
     device: str | torch.device | None = None,
     progress: bool = False,
     fingerprint: str | None = None,
+    stop: threading.Event | None = None,
 ) -> TemplateBank:
     """The bank of an object, from the cache where that holds exactly this one.
 
@@ -287,7 +343,7 @@ def load_or_build(
     builds it. Without a usable cache folder the bank is built every time, with a warning.
 
     Args:
-        spec, model, count, device, progress: as in `build_bank`.
+        spec, model, count, device, progress, stop: as in `build_bank`.
         cache_dir: None: ``picopose_ros`` in the user's cache folder.
         fingerprint: of the model, where it is known (`model_fingerprint` reads every weight).
 
@@ -304,18 +360,45 @@ def load_or_build(
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder / f".{path.name}.lock"))
+            stack.enter_context(_locked(folder / f".{path.name}.lock", stop))
         except OSError as error:
             _log.warning("cache folder %s cannot be used (%s): the bank is not kept", folder, error)
-            return build_bank(load_object(spec), model, count, device, progress)
+            return build_bank(load_object(spec), model, count, device, progress, stop)
         bank = _cached(path, recipe, logging.WARNING)  # another process may have built it meanwhile
         if bank is None:
-            bank = build_bank(load_object(spec), model, count, device, progress)
+            bank = build_bank(load_object(spec), model, count, device, progress, stop)
             try:
                 _write_entry(path, bank, recipe)
             except (OSError, SafetensorError) as error:
                 _log.warning("the bank of '%s' cannot be kept in %s: %s", spec.class_id, path, error)
     return bank
+
+
+@contextlib.contextmanager
+def loading(
+    specs: Sequence[ObjectSpec],
+    model: PicoPose,
+    count: int = 162,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    fingerprint: str | None = None,
+) -> Iterator[list[Future[TemplateBank]]]:
+    """`load_or_build` of several objects at once: a future for each, in their order.
+
+    Whoever leaves the context gives up those that are not done yet.
+    """
+    fingerprint = model_fingerprint(model) if fingerprint is None else fingerprint
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(OBJECTS_AT_ONCE, "onboard")
+    try:
+        yield [
+            pool.submit(load_or_build, spec, model, count, cache_dir, device, progress, fingerprint, stop)
+            for spec in specs
+        ]
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def onboard(
@@ -325,13 +408,14 @@ def onboard(
     unit: str = "m",
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> Onboarding:
     """Make the banks of all objects of a mesh directory. A mesh that cannot be used does not stop the others.
 
     Args:
         mesh_dir: see `discover_objects`; ``unit`` is its default unit.
-        model, count, cache_dir, device, progress: see `load_or_build`.
+        model, count, cache_dir, device: see `load_or_build`.
+        progress: True for bars on a terminal; or called as each object is waited for and done.
 
     Raises:
         MeshError: the directory cannot be used, or not one of its meshes.
@@ -339,19 +423,21 @@ def onboard(
         RenderError: nothing can be rendered on this machine.
     """
     specs = {spec.class_id: spec for spec in discover_objects(mesh_dir, unit)}
-    fingerprint = model_fingerprint(model)
     result = Onboarding({}, specs, {})
-    for class_id, spec in specs.items():
-        try:
-            bank = load_or_build(spec, model, count, cache_dir, device, progress, fingerprint)
-        except MeshError as error:
-            result.failed[class_id] = str(error)
-            _log.error("object '%s' is left out: %s", class_id, error)
-            continue
-        result.banks[class_id] = bank
-        result.warnings.extend(bank.warnings)
-        for warning in bank.warnings:
-            _log.warning("%s", warning)
+    tell = progress if callable(progress) else lambda *step: None
+    with loading(list(specs.values()), model, count, cache_dir, device, progress is True) as banks:
+        for done, (class_id, bank) in enumerate(zip(specs, banks)):
+            tell(class_id, done, len(specs))
+            try:
+                result.banks[class_id] = bank.result()
+            except MeshError as error:
+                result.failed[class_id] = str(error)
+                _log.error("object '%s' is left out: %s", class_id, error)
+            else:
+                result.warnings.extend(result.banks[class_id].warnings)
+                for warning in result.banks[class_id].warnings:
+                    _log.warning("%s", warning)
+            tell(class_id, done + 1, len(specs))
     if not result.banks:
         raise MeshError(f"no object of {mesh_dir} can be used: " + "; ".join(result.failed.values()))
     return result
@@ -397,14 +483,21 @@ def _checksum(arrays: dict[str, np.ndarray], about: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
     """Hold the lock file; the kernel frees it if this process dies."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that builds the same bank (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    _log.info("waiting for another process that builds the same bank (%s)", path)
+                waiting = True
+                if stop is not None and stop.is_set():
+                    raise _Stopped(path.name) from None
+                time.sleep(0.1)
         yield
 
 

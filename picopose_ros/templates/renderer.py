@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 NEUTRAL_GREY: tuple[int, int, int] = (153, 153, 153)
 """Colour of a mesh that brings none, 8-bit RGB."""
+
+
+_SETTING_UP = threading.Lock()
+"""Contexts of several threads work side by side, but displays and libraries are set up one after another."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ class MeshRenderer:
     """
 
     def __init__(self, antialias: bool = False) -> None:
-        self._pyrender, self.backend = opengl.import_pyrender()
-        self._context = opengl.make_context(self.backend)
-        self._renderer = opengl.make_renderer(antialias)
+        with _SETTING_UP:
+            self._pyrender, self.backend = opengl.import_pyrender()
+            self._context = opengl.make_context(self.backend)
+            self._renderer = opengl.make_renderer(antialias)
         self._gl_error: type[Exception] = opengl.gl_error_type()
         self._camera = opengl.make_camera()
         self._scene = self._pyrender.Scene(bg_color=(0.0, 0.0, 0.0, 1.0), ambient_light=(1.0, 1.0, 1.0))
