@@ -85,17 +85,34 @@ def mspd(
 ) -> float:
     """Maximum symmetry-aware projection distance (BOP 2019) in pixels of a camera ``K`` (3, 3).
 
-    Infinite where a point of the estimate lies behind the camera.
+    As the BOP toolkit projects: also what lies behind the camera, which VSD and MSSD don't let pass; infinite
+    where a point lies in its plane.
     """
 
     def project(T: np.ndarray) -> np.ndarray:
         seen = transform_points(T, points) @ K.T
-        return seen[:, :2] / seen[:, 2:]
+        with np.errstate(all="ignore"):
+            return seen[:, :2] / seen[:, 2:]
 
-    if transform_points(estimate, points)[:, 2].min() <= 0:
-        return float("inf")
     seen = project(estimate)
+    if not np.isfinite(seen).all():
+        return float("inf")
     return min(float(np.linalg.norm(seen - project(truth @ s), axis=1).max()) for s in symmetries)
+
+
+def spheres_overlap(estimate: np.ndarray, truth: np.ndarray, diameter: float) -> bool:
+    """Whether spheres of an object's diameter about its two origins do; else the BOP toolkit takes MSSD and
+    ADD(-S) as infinite."""
+    return translation_error(estimate, truth) < diameter
+
+
+def sphere_projections_overlap(estimate: np.ndarray, truth: np.ndarray, diameter: float) -> bool:
+    """Whether the images of these spheres do, nearly; else the BOP toolkit takes VSD as 1."""
+    a, b = estimate[:3, 3], truth[:3, 3]
+    if a[2] == 0 or b[2] == 0:
+        return False
+    apart = np.linalg.norm(a[:2] / a[2] - b[:2] / b[2])
+    return bool(apart < diameter / 2 * (1 / a[2] + 1 / b[2]))
 
 
 def bop_symmetries(symmetries: Symmetries, step: float = BOP_SYMMETRY_STEP) -> np.ndarray:
@@ -192,17 +209,26 @@ class VsdScorer:
     Args:
         renderer: of the calling thread. mesh: of the object. truth: T_cam_obj (4, 4).
         depth: (H, W) what the camera measured, metres, 0 where nothing. K: (3, 3) of the image.
+        diameter: of the object in metres, where it isn't the mesh's: a BOP dataset says it itself.
     """
 
     def __init__(
-        self, renderer: MeshRenderer, mesh: ObjectMesh, truth: np.ndarray, depth: np.ndarray, K: np.ndarray
+        self,
+        renderer: MeshRenderer,
+        mesh: ObjectMesh,
+        truth: np.ndarray,
+        depth: np.ndarray,
+        K: np.ndarray,
+        diameter: float | None = None,
     ) -> None:
         self._renderer, self._mesh, self._K = renderer, mesh, np.asarray(K, np.float64)
+        self._diameter = mesh.diameter if diameter is None else diameter
         self._rays = ray_lengths(*depth.shape, self._K)
         self._measured = depth * self._rays
-        self._truth = self._distance(truth)
+        self._truth = self.distance(truth)
 
-    def _distance(self, T_cam_obj: np.ndarray) -> np.ndarray:
+    def distance(self, T_cam_obj: np.ndarray) -> np.ndarray:
+        """(H, W) distances of the object alone in a pose (4, 4), metres, 0 off it."""
         height, width = self._measured.shape
         return self._renderer.render(self._mesh, T_cam_obj, self._K, width, height).depth * self._rays
 
@@ -210,14 +236,19 @@ class VsdScorer:
         self, estimate: np.ndarray, delta: float = VSD_DELTA, taus: np.ndarray = VSD_TAUS
     ) -> np.ndarray:
         """(t,) VSD of an estimate T_cam_obj (4, 4) for every tolerance."""
-        distance = self._distance(estimate)
+        return self.error_of(self.distance(estimate), delta, taus)
+
+    def error_of(
+        self, distance: np.ndarray, delta: float = VSD_DELTA, taus: np.ndarray = VSD_TAUS
+    ) -> np.ndarray:
+        """(t,) VSD of an estimate whose :meth:`distance` (H, W) is known."""
         # Only where either pose has a surface can there be a difference.
         rows, columns = (np.flatnonzero(((distance > 0) | (self._truth > 0)).any(axis)) for axis in (1, 0))
         if not len(rows):
             return np.ones(len(taus))
         part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         return vsd_of_distances(
-            distance[part], self._truth[part], self._measured[part], self._mesh.diameter, delta, taus
+            distance[part], self._truth[part], self._measured[part], self._diameter, delta, taus
         )
 
 
@@ -320,6 +351,28 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
     gaps = np.nan_to_num(np.abs(means[0] - means[1]))
     error = float((gaps * counts).sum() / len(confidence)) if len(confidence) else float("nan")
     return Reliability(edges, counts, means[0], means[1], error)
+
+
+def matched(errors: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Match the estimates of an image to the true instances of their object, as BOP's localisation task does.
+
+    Each estimate in turn takes the free instance it is nearest to, if it is nearer than the threshold.
+
+    Args:
+        errors: (E, G) of each estimate, best score first, to each instance. thresholds: (t,).
+
+    Returns:
+        (t, G) index of the instance's estimate for each threshold, -1 for none.
+    """
+    errors, thresholds = np.asarray(errors, np.float64), np.asarray(thresholds, np.float64)
+    found = np.full((len(thresholds), errors.shape[1]), -1)
+    rows = np.arange(len(thresholds))
+    for index, own in enumerate(errors if errors.shape[1] else ()):
+        free = np.where(found < 0, np.where(np.isnan(own), np.inf, own), np.inf)
+        nearest = free.argmin(axis=1)
+        good = free[rows, nearest] < thresholds
+        found[rows[good], nearest[good]] = index
+    return found
 
 
 def match_by_position(estimates: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[int | None]:

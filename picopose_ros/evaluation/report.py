@@ -121,12 +121,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """As it stands in a table."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def share(value: float | None) -> str:
+def share(value: float | None, digits: int = 2) -> str:
     """.93 rather than 0.93, as recalls are written."""
-    return number(value).removeprefix("0") if value is not None and value < 1 else number(value)
+    text = number(value, digits)
+    return text.removeprefix("0") if value is not None and value < 1 else text
 
 
 def _pose_table(figures: Mapping[str, Any], first: str, last: str) -> str:
