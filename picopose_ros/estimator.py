@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from picopose_ros.confidence import Calibration
-from picopose_ros.errors import CameraError, ConfigError, ImageError, MeshError
+from picopose_ros.errors import CameraError, ConfigError, ImageError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.correspondences import (
     Correspondences,
@@ -42,11 +42,10 @@ from picopose_ros.inference import (
     Query,
     resolve_precision,
 )
-from picopose_ros.model import PicoPose, load_model, model_fingerprint
+from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
-from picopose_ros.templates.bank import Onboarding, TemplateBank, load_or_build, onboard
-from picopose_ros.templates.meshes import discover_objects
+from picopose_ros.templates.bank import Progress, TemplateBank, onboard
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +62,6 @@ _AFFINE_SIGMA_CROP_PX = 10.0
 _AFFINE_SIGMA_SCALE = 0.1
 _AFFINE_SIGMA_RAD = np.radians(20.0)
 _AFFINE_CONFIDENCE = 0.1
-
-Progress = Callable[[str, int, int], None]
-"""Called with a class id, the number of objects done and the number of objects."""
 
 
 @dataclass(frozen=True)
@@ -322,10 +318,7 @@ class PoseEstimator:
         """
         settings = EstimatorSettings(hypotheses=hypotheses)
         model = load_model(preset, weights, torch_device(device))
-        if callable(progress):
-            onboarding = _onboard_telling(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
-        else:
-            onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
+        onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {
             alias: class_id
             for class_id, spec in onboarding.specs.items()
@@ -776,36 +769,6 @@ def _check_image(rgb: np.ndarray, camera: CameraModel) -> None:
             f"the camera is calibrated for {camera.width}x{camera.height}, the image is {width}x{height}; "
             "scale the intrinsics or send the image they belong to"
         )
-
-
-def _onboard_telling(
-    mesh_dir: str | Path,
-    model: PicoPose,
-    viewpoints: int,
-    unit: str,
-    cache_dir: str | Path | None,
-    device: str | torch.device,
-    tell: Progress,
-) -> Onboarding:
-    """:func:`onboard`, telling about every object before and after it."""
-    specs = {spec.class_id: spec for spec in discover_objects(mesh_dir, unit)}
-    fingerprint = model_fingerprint(model)
-    result = Onboarding({}, specs, {})
-    for done, (class_id, spec) in enumerate(specs.items()):
-        tell(class_id, done, len(specs))
-        try:
-            bank = load_or_build(spec, model, viewpoints, cache_dir, device, fingerprint=fingerprint)
-        except MeshError as error:
-            result.failed[class_id] = str(error)
-            _log.error("object '%s' is left out: %s", class_id, error)
-        else:
-            result.banks[class_id] = bank
-            for warning in bank.warnings:
-                _log.warning(warning)
-        tell(class_id, done + 1, len(specs))
-    if not result.banks:
-        raise MeshError(f"no object of {mesh_dir} can be used: " + "; ".join(result.failed.values()))
-    return result
 
 
 class StageClock:
