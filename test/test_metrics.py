@@ -82,7 +82,7 @@ def test_symmetries_act_in_the_objects_frame() -> None:
 def test_a_pose_behind_the_camera_is_projected_as_by_the_toolkit() -> None:
     # Through the camera's centre: the square upside down. MSSD tells the two apart.
     assert mspd(SQUARE, pose(z=-5), pose(), QUARTERS, K) == pytest.approx(0)
-    assert mspd(SQUARE, pose(z=-5), pose(), QUARTERS[:1], K) == pytest.approx(200 * np.sqrt(8))
+    assert mspd(SQUARE, pose(z=-5), pose(), QUARTERS[:1], K) == pytest.approx(200 * np.sqrt(2))
     assert mssd(SQUARE, pose(z=-5), pose(), QUARTERS) == pytest.approx(10)
     # In the camera's plane there is no projection.
     assert mspd(SQUARE, pose(z=0), pose(), QUARTERS, K) == float("inf")

@@ -6,7 +6,7 @@ the BOP toolkit computes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +38,8 @@ MSPD_WIDTH = 640
 
 
 def transform_points(T: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (n, 3) moved by ``T`` (4, 4)."""
-    return points @ T[:3, :3].T + T[:3, 3]
+    """Points (n, 3) moved by ``T`` (..., 4, 4)."""
+    return points @ np.swapaxes(T[..., :3, :3], -1, -2) + T[..., None, :3, 3]
 
 
 def rotation_error_deg(
@@ -75,9 +75,11 @@ def add_or_add_s(points: np.ndarray, estimate: np.ndarray, truth: np.ndarray, sy
 def mssd(points: np.ndarray, estimate: np.ndarray, truth: np.ndarray, symmetries: np.ndarray) -> float:
     """Largest symmetry-aware surface distance (BOP 2019), metres; ``symmetries`` (S, 4, 4) with identity."""
     moved = transform_points(estimate, points)
-    return min(
-        float(np.linalg.norm(moved - transform_points(truth @ s, points), axis=1).max()) for s in symmetries
-    )
+
+    def distances(T: np.ndarray, some: slice) -> np.ndarray:
+        return np.linalg.norm(moved[some] - transform_points(T, points[some]), axis=-1)
+
+    return _least_greatest(distances, truth @ symmetries, len(points))
 
 
 def mspd(
@@ -89,15 +91,40 @@ def mspd(
     where a point lies in its plane.
     """
 
-    def project(T: np.ndarray) -> np.ndarray:
-        seen = transform_points(T, points) @ K.T
+    def project(T: np.ndarray, some: slice) -> np.ndarray:
+        pixels = transform_points(T, points[some]) @ K.T
         with np.errstate(all="ignore"):
-            return seen[:, :2] / seen[:, 2:]
+            return pixels[..., :2] / pixels[..., 2:]
 
-    seen = project(estimate)
+    seen = project(estimate, slice(None))
     if not np.isfinite(seen).all():
         return float("inf")
-    return min(float(np.linalg.norm(seen - project(truth @ s), axis=1).max()) for s in symmetries)
+
+    def distances(T: np.ndarray, some: slice) -> np.ndarray:
+        return np.linalg.norm(seen[some] - project(T, some), axis=-1)
+
+    return _least_greatest(distances, truth @ symmetries, len(points))
+
+
+_FEW_POINTS = 64
+
+
+def _least_greatest(
+    distances: Callable[[np.ndarray, slice], np.ndarray], forms: np.ndarray, count: int
+) -> float:
+    """The least over forms (S, 4, 4) of the greatest distance of ``count`` points.
+
+    Some of the points bound the greatest distance of a form from below, so that only forms that may be the
+    best are looked at with all of them.
+    """
+    few = slice(None, None, max(1, count // _FEW_POINTS))
+    bounds = distances(forms, few).max(axis=-1)
+    least = np.inf
+    for index in np.argsort(bounds):
+        if bounds[index] >= least:
+            break
+        least = min(least, distances(forms[index], slice(None)).max())
+    return float(least)
 
 
 def spheres_overlap(estimate: np.ndarray, truth: np.ndarray, diameter: float) -> bool:
