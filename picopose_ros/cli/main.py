@@ -32,6 +32,7 @@ COMMANDS = {
     "bag": Command("picopose_ros.cli.bag", "a recording in, the same with poses out", "configure"),
     "images-from-bag": Command("picopose_ros.cli.images", "a recording's images as files, for a segmenter"),
     "segments-from-cnos": Command("picopose_ros.cli.segments", "masks that CNOS found, for the node"),
+    "convert": Command("picopose_ros.cli.convert", "published weights as this package reads them"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
     "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
     "eval": Command("picopose_ros.cli.eval", "how good the poses are: several measurements"),

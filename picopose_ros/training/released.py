@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from picopose_ros.errors import CheckpointError
-from picopose_ros.model import PicoPose, convert_released
+from picopose_ros.model import PicoPose
 from picopose_ros.model.affine import compose_affine
-from picopose_ros.model.backbone import ViTBackbone
-from picopose_ros.model.checkpoint import _read as read_weights
+from picopose_ros.model.checkpoint import load_backbone
 from picopose_ros.model.config import CELL, GRIDS
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.model.offsets import OffsetLevel
@@ -333,30 +331,13 @@ def start_released(model: PicoPose, backbone: str | Path | None = None) -> None:
 
     Args:
         model: of a released preset, freshly made.
-        backbone: DINOv2's published weights (`dinov2_vitl14_pretrain.pth`) or timm's of the same name; None:
-            the backbone starts from nothing.
+        backbone: DINOv2's published weights, as `load_backbone` reads them; None: the backbone starts from
+            nothing.
     Raises:
         CheckpointError: the file can't be read, or does not fit the preset's backbone.
     """
     for parameter in model.affine.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
-    if backbone is None:
-        return
-    path = Path(backbone).expanduser()
-    if not isinstance(model.backbone, ViTBackbone):
-        raise CheckpointError(
-            f"backbone weights {path}: preset '{model.config.name}' has no DINOv2 backbone; leave them out"
-        )
-    prefix = "backbone.vit."
-    state = convert_released({f"feature_extractor.dinov2.{k}": v for k, v in read_weights(path)[0].items()})
-    state = {key.removeprefix(prefix): value for key, value in state.items()}
-    wanted = {key: value.shape for key, value in model.backbone.vit.state_dict().items()}
-    wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key]]
-    wrong += [key for key in state if key not in wanted]
-    if wrong:
-        raise CheckpointError(
-            f"backbone weights {path} do not fit preset '{model.config.name}' ({len(wrong)} tensors, first: "
-            f"{wrong[0]}); it takes DINOv2's plain ViT without registers, {model.config.backbone.timm_name}"
-        )
-    model.backbone.vit.load_state_dict(state)
+    if backbone is not None:
+        load_backbone(model, backbone)
