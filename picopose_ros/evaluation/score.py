@@ -113,8 +113,10 @@ def make_group(
     return Group(scene_id, image_id, obj_id, best, own)
 
 
-def groups(dataset: BopDataset, rows: Sequence[BopRow]) -> Iterator[Group]:
-    """Of all targets of a dataset, scene by scene.
+def groups(
+    dataset: BopDataset, rows: Sequence[BopRow], images: Sequence[tuple[int, int]] | None = None
+) -> Iterator[Group]:
+    """Of all targets of a dataset, or of some images (scene, image) only; scene by scene.
 
     Raises:
         DatasetError: a file of the dataset can't be used.
@@ -122,7 +124,7 @@ def groups(dataset: BopDataset, rows: Sequence[BopRow]) -> Iterator[Group]:
     by_key: dict[tuple[int, int, int], list[BopRow]] = {}
     for row in rows:
         by_key.setdefault((row.scene_id, row.im_id, row.obj_id), []).append(row)
-    for scene_id, image_id in dataset.images:
+    for scene_id, image_id in dataset.images if images is None else images:
         truths = dataset.ground_truth(scene_id, image_id)
         for target in dataset.targets_of(scene_id, image_id):
             own = by_key.get((scene_id, image_id, target.obj_id), [])
@@ -426,18 +428,20 @@ class Scorer:
             errors = self.implementation.errors(self.model(group.obj_id), view, estimates, truths)
         return hits_of(self.implementation, errors, [row.score for row in group.estimates])
 
-    def score(self, rows: Sequence[BopRow], progress: bool = False) -> dict[str, Any]:
-        """All figures of the rows, over all targets and by object.
+    def score(
+        self,
+        rows: Sequence[BopRow],
+        images: Sequence[tuple[int, int]] | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        """All figures of the rows, over all targets, or those of some images (scene, image), and by object.
 
         Raises:
             DatasetError, MeshError, RenderError: a file of the dataset can't be used, or nothing rendered.
         """
         total, by_object = Tally(), dict[int, Tally]()
         used = 0
-        asked = len(self.dataset.targets)
-        bar = tqdm(
-            groups(self.dataset, rows), total=asked, unit="target", disable=None if progress else True
-        )
+        bar = tqdm(groups(self.dataset, rows, images), unit="target", disable=None if progress else True)
         for group in bar:
             hits = self.hits(group)
             used += len(group.estimates)

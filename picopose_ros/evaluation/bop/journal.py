@@ -31,6 +31,7 @@ class ImageRecord:
         timings: milliseconds by stage.
         problems: (kind, what), as in :class:`picopose_ros.cnos.Problems`.
         failed: nothing could be estimated because of the image; it is tried again when the run goes on.
+        extra: what else a run keeps of the image, in plain types.
     """
 
     scene_id: int
@@ -39,6 +40,7 @@ class ImageRecord:
     timings: dict[str, float] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
     failed: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[BopRow]:
