@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from parity import Parity, load_parity
+from parity import Parity, load_parity, parity_model
 
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb
-from picopose_ros.model import Features, PicoPose, Refinement, convert_released, preset
-from picopose_ros.model.checkpoint import _fit
+from picopose_ros.model import Features, PicoPose, Refinement
 from picopose_ros.model.matching import patch_mask
-
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-from deterministic_weights import det_array  # noqa: E402
 
 # fp32 through two dozen blocks and back; ids, crops and masks are exact.
 RTOL = 1e-5
@@ -31,13 +22,8 @@ def parity() -> Parity:
 
 
 @pytest.fixture(scope="module")
-def model(parity: Parity) -> PicoPose:
-    versions = parity.meta["versions"]
-    manifest = json.loads((DATA / f"state_dict_manifest_{versions['arch']}.json").read_text())
-    state = {k: torch.from_numpy(det_array(k, shape, versions["seed"])) for k, shape in manifest.items()}
-    network = PicoPose(preset(versions["arch"]))
-    _fit(network, convert_released({f"network.{k}": v for k, v in state.items()}), Path("fixture"))
-    return network.eval()
+def model() -> PicoPose:
+    return parity_model()
 
 
 class Run:

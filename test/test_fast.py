@@ -1,0 +1,179 @@
+"""What is done to be fast changes nothing, or what it says it changes."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import trimesh
+from parity import parity_model
+
+from picopose_ros.errors import ConfigError
+from picopose_ros.estimator import EstimatorSettings, PoseEstimator
+from picopose_ros.evaluation.released_schedule import ReleasedEstimator
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.poses import make_transform
+from picopose_ros.inference import Hypothesis, resolve_precision
+from picopose_ros.model import PicoPose, load_model
+from picopose_ros.model.fast import Schedule
+from picopose_ros.model.matching import bank_scores, match_scores_masked, match_scores_released
+from picopose_ros.model.winograd import WinogradConv
+from picopose_ros.segmentation import Segment
+from picopose_ros.templates.bank import TemplateBank, build_bank
+from picopose_ros.templates.meshes import ObjectSpec, load_object
+from picopose_ros.templates.renderer import MeshRenderer
+
+SIZE = (640, 480)
+K = np.array([[600.0, 0, 325], [0, 605, 238], [0, 0, 1]])
+CAMERA = CameraModel(K, *SIZE)
+
+
+class World:
+    """Two objects, three segments of them in one picture, banks for two networks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tiny = load_model("tiny")
+        self.vits = parity_model()
+        self.banks: dict[str, TemplateBank] = {}
+        meshes = {}
+        for name, extents in {"brick": (0.06, 0.08, 0.11), "bar": (0.03, 0.04, 0.14)}.items():
+            mesh = trimesh.creation.box(extents).subdivide().subdivide()
+            colours = np.random.default_rng(len(name)).integers(0, 255, (len(mesh.vertices), 3))
+            mesh.visual.vertex_colors = np.column_stack([colours, np.full(len(colours), 255)]).astype(np.uint8)
+            mesh.export(folder / f"{name}.ply")
+            meshes[name] = load_object(ObjectSpec(name, folder / f"{name}.ply"))
+            self.banks[name] = build_bank(meshes[name], self.tiny, 42)
+        placed = [
+            ("brick", make_transform(turn((0.4, -0.8, 0.5)), (-0.12, 0.02, 0.5))),
+            ("bar", make_transform(turn((-1.2, 0.3, 0.1)), (0.02, -0.06, 0.5))),
+            ("brick", make_transform(turn((2.0, 0.5, -0.7)), (0.15, 0.06, 0.6))),
+        ]
+        with MeshRenderer() as renderer:
+            self.rgb = renderer.render_scene([(meshes[n], T) for n, T in placed], K, *SIZE).rgb
+            self.segments = [
+                Segment(n, 1.0, renderer.render(meshes[n], T, K, *SIZE).mask) for n, T in placed
+            ]
+        with torch.inference_mode():
+            self.vits_banks = {
+                name: replace(few, descriptors=self.vits.encode(few.crops(range(5))).descriptors.half().numpy())
+                for name, bank in self.banks.items()
+                for few in [bank.select(range(0, 40, 8))]
+            }
+
+    def make(self, kind: type[PoseEstimator], preset: str, schedule: Schedule | None = None, **settings):
+        model, banks = (self.tiny, self.banks) if preset == "tiny" else (self.vits, self.vits_banks)
+        options = {} if schedule is None else {"schedule": schedule}
+        return kind(model, banks, EstimatorSettings(**settings), **options)
+
+
+def turn(vector: tuple[float, float, float]) -> np.ndarray:
+    return cv2.Rodrigues(np.array(vector))[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("fast"))
+
+
+def hypotheses(
+    estimator: PoseEstimator, world: World, which: slice = slice(None), **options
+) -> list[list[Hypothesis]]:
+    """Per segment, what the network says, best match first."""
+    queries, skipped = estimator._prepare(world.rgb, world.segments[which])
+    assert not skipped
+    with torch.inference_mode():
+        encoded = estimator._encode(queries)
+        chosen = estimator._retrieve(queries, encoded)
+        found = dict(estimator._regress(queries, encoded, chosen, **options))
+    return [[found[i] for i, choice in enumerate(chosen) if choice[0] == row] for row in range(len(queries))]
+
+
+def assert_equal(a: list[list[Hypothesis]], b: list[list[Hypothesis]], rtol: float = 1e-4) -> None:
+    """The same templates, and all maps within the parity tests' tolerance of their scale."""
+    for own, others in zip(a, b, strict=True):
+        assert [h.template for h in own] == [h.template for h in others]
+        for one, other in zip(own, others):
+            assert one.match_score == pytest.approx(other.match_score, rel=rtol)
+            for name in ("affine", "flow", "certainty"):
+                x, y = getattr(one, name), getattr(other, name)
+                assert np.abs(x - y).max() <= rtol * np.abs(y).max(), name
+
+
+@pytest.fixture(scope="module")
+def released(world: World) -> dict[str, list[list[Hypothesis]]]:
+    return {
+        "vits": hypotheses(world.make(ReleasedEstimator, "vits", hypotheses=2), world, slice(0, 2)),
+        "tiny": hypotheses(world.make(ReleasedEstimator, "tiny", hypotheses=2), world),
+    }
+
+
+@pytest.mark.parametrize("preset", ["vits", "tiny"])
+def test_all_that_is_fast_equals_the_released_schedule(world, released, preset):
+    segments = slice(0, len(released[preset]))
+    fast = world.make(PoseEstimator, preset, hypotheses=2, precision="fp32")
+    first = hypotheses(fast, world, segments)
+    assert_equal(first, released[preset])
+    # Now from memory; and a segment alone says what it says among others.
+    assert_equal(hypotheses(fast, world, slice(1, 2)), first[1:2], 1e-5)
+
+
+def test_poses_are_those_of_the_released_schedule(world):
+    slow, fast = (world.make(kind, "tiny", hypotheses=3) for kind in (ReleasedEstimator, PoseEstimator))
+    a, b = (estimator.estimate(world.rgb, CAMERA, world.segments) for estimator in (slow, fast))
+    assert [p.segment for p in a.poses] == [p.segment for p in b.poses] == [0, 1, 2]
+    for one, other in zip(a.poses, b.poses):
+        assert (one.source, one.template) == (other.source, other.template)
+        np.testing.assert_allclose(one.T_cam_obj, other.T_cam_obj, atol=1e-4)
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-3)
+    assert set(a.timings) == set(b.timings)
+
+
+@pytest.mark.parametrize("preset", ["vits", "tiny"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Schedule)])
+def test_each_way_of_being_fast_can_be_left_out(world, released, preset, name):
+    schedule = replace(Schedule(), **{name: False})
+    fast = world.make(PoseEstimator, preset, schedule, hypotheses=1, precision="fp32")
+    assert_equal(hypotheses(fast, world, slice(0, 1)), [released[preset][0][:1]])
+
+
+# -- stage 1 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("starts_at_zero", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.6, 1.0])
+def test_one_product_gives_the_scores_of_all_crops(starts_at_zero, share):
+    generator = torch.Generator().manual_seed(3)
+
+    def unit(count: int) -> torch.Tensor:
+        values = torch.randn(count, 24, 256, generator=generator)
+        return torch.nn.functional.normalize(values, dim=1)
+
+    query, bank = unit(3), unit(20).half()
+    masks = (torch.rand(3, 256, generator=generator) < share).float()
+    masks[:, 0] = float(starts_at_zero)
+    masks[2] = 0
+    inside = (torch.rand(20, 256, generator=generator) < 0.5).float()
+    # A crop's patch 0 that is everybody's best match: the released network's sentinel.
+    bank[3] = query[0][:, :1].half()
+    plain = torch.stack([match_scores_released(q, m, bank.float()) for q, m in zip(query, masks)])
+    torch.testing.assert_close(bank_scores(query, masks, bank), plain, atol=1e-6, rtol=1e-5)
+    plain = torch.stack([match_scores_masked(q, m, bank.float(), inside) for q, m in zip(query, masks)])
+    torch.testing.assert_close(bank_scores(query, masks, bank, inside), plain, atol=1e-6, rtol=1e-5)
+
+
+# -- Winograd --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "side", "layout"), [(1, 8, torch.channels_last), (3, 16, torch.contiguous_format)])
+def test_winograds_convolution_is_a_convolution(batch, side, layout):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 20, side, side, generator=generator).contiguous(memory_format=layout)
+    weight = torch.randn(7, 20, 3, 3, generator=generator)
+    for bias in (None, torch.randn(7, generator=generator)):
+        plain = torch.nn.functional.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+        found = WinogradConv(weight, bias)(x)
+        assert (found - plain).abs().max() < 3e-5 * plain.abs().max()
