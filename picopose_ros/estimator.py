@@ -77,6 +77,9 @@ class EstimatorSettings:
         correlated_pairs: so many pairs err together and count as one measurement in the covariance; measured
             with the tiny preset on the demo's frames, depth bias included.
         min_mask_pixels: segments with fewer visible pixels are skipped.
+        rerank: so many of the best matching templates are put in order by how well their matches agree on
+            one motion (`match_agreement`) before the hypotheses are taken; 0: by the match alone, as in the
+            paper. Only presets whose stage 2 starts from such a motion do so.
         second_look: once more through stage 3 for the best pose, from the template nearest to it and the
             affine that it implies; the better of the two poses is published. Not in the paper.
         max_batch: most crops or hypotheses that go through the network at once.
@@ -92,6 +95,7 @@ class EstimatorSettings:
     ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000
     correlated_pairs: float = 2000.0
+    rerank: int = 64
     second_look: bool = False
     min_mask_pixels: int = 32
     max_batch: int = 16
@@ -107,7 +111,7 @@ class EstimatorSettings:
         for name in ("ransac_threshold_px", "correlated_pairs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive")
-        for name in ("template_cache_mb", "prune"):
+        for name in ("template_cache_mb", "prune", "rerank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must not be negative")
         resolve_precision(self.precision, torch.device("cpu"))
@@ -456,9 +460,14 @@ class PoseEstimator:
     def _retrieve(self, queries: Sequence[Query], encoded: Prepared) -> list[Choice]:
         """Stage 1: the templates to try, best first within a query."""
         chosen: list[Choice] = []
+        count, rerank = self.settings.hypotheses, self.settings.rerank if self.model.reranks else 0
         for row, scores in enumerate(self._scores(queries, encoded)):
-            best = scores.topk(min(self.settings.hypotheses, len(scores)))
-            chosen += [(row, *choice) for choice in zip(best.indices.tolist(), best.values.tolist())]
+            best = scores.topk(min(max(count, rerank), len(scores))).indices
+            if rerank:
+                agreement = self._network.agreement(queries[row], encoded.descriptors[row], best)
+                best = best[agreement.argsort(descending=True, stable=True)]
+            best = best[:count]
+            chosen += [(row, *choice) for choice in zip(best.tolist(), scores[best].tolist())]
         return chosen
 
     def _regress(

@@ -122,6 +122,7 @@ class Network:
         """
         self.device = device
         self.dtype = resolve_precision(precision, device)
+        self._model = model
         self._stages: FastStages = model.fast(schedule)
         self._max_batch = max_batch
         self._descriptors = {n: self._upload(bank.descriptors) for n, bank in banks.items()}
@@ -147,10 +148,24 @@ class Network:
             rows = [i for i, query in enumerate(queries) if query.bank.class_id == class_id]
             patches = torch.from_numpy(_patches(np.stack([queries[row].mask for row in rows])))
             scores = self._stages.scores(
-                descriptors[rows], patches.flatten(1), self._descriptors[class_id], self._patches[class_id]
+                descriptors[rows], patches, self._descriptors[class_id], self._patches[class_id]
             )
             found.update(zip(rows, scores))
         return [found[row] for row in range(len(queries))]
+
+    def agreement(self, query: Query, descriptors: Tensor, templates: Tensor) -> Tensor:
+        """How well a query's matches with some templates (N,) of its bank agree on one motion: (N,) in 0..1.
+
+        Args:
+            descriptors: (C, 256) the query's, of :meth:`encode`.
+        """
+        class_id = query.bank.class_id
+        return self._model.agreement(
+            descriptors.float(),
+            self._upload(_patches(query.mask[None]))[0],
+            self._descriptors[class_id][templates],
+            self._patches[class_id][templates],
+        )
 
     def regress(
         self,

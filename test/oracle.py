@@ -35,6 +35,8 @@ class OracleModel(nn.Module):
     It recognises the crops of pictures it was shown and of banks it knows by their pixels.
     """
 
+    reranks = False
+
     def __init__(self) -> None:
         super().__init__()
         self.config = PRESETS["tiny"]

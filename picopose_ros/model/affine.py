@@ -58,6 +58,39 @@ def _fit_similarity(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Ten
     return linear, mean_target[:, 0] - (linear @ mean_source[:, 0, :, None])[..., 0]
 
 
+def patch_centres(like: Tensor) -> Tensor:
+    """(256, 2) crop px (x, y) of the patches' centres."""
+    axis = (torch.arange(GRIDS[0], device=like.device, dtype=torch.float32) + 0.5) * CELL - 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def fit_matches(similarity: Tensor, inside: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The similarity transform that most template patches' best matches agree on.
+
+    Iteratively reweighted least squares with a redescending weight that tightens round by round, so that
+    many matches may be wrong.
+
+    Args:
+        similarity: (B, 256, 256) of template patch and query patch, far below -1 outside the query's mask.
+        inside: (B, 256) the template's mask in {0, 1}. temperature: of the softmax over query patches.
+    Returns:
+        Linear part (B, 2, 2) and shift (B, 2), crop px; weight (B, 256) of each patch in the last fit, 0..1.
+    """
+    pixels = patch_centres(similarity)
+    # Sharper than the probabilities: a match counts by how much better it is than its rivals.
+    confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
+    source, target = pixels.expand(len(similarity), -1, -1), pixels[similarity.argmax(2)]
+    weight = confidence
+    linear, shift = _fit_similarity(source, target, weight)
+    for scale_px in _FIT_SCALES_PX:
+        residual = target - source @ linear.transpose(1, 2) - shift[:, None]
+        squared = residual.square().sum(2)
+        weight = confidence * (scale_px**2 / (scale_px**2 + squared)) ** 2
+        linear, shift = _fit_similarity(source, target, weight)
+    return linear, shift, weight
+
+
 def soft_correspondence_map(
     query: Tensor,
     template: Tensor,
@@ -68,8 +101,7 @@ def soft_correspondence_map(
 ) -> tuple[Tensor, Anchor]:
     """Where each template patch goes, and the similarity transform that most of them agree on.
 
-    The anchor is fitted to every template patch's best match by iteratively reweighted least squares with
-    a redescending weight that tightens round by round, so that many matches may be wrong.
+    The anchor is :func:`fit_matches`.
 
     Args:
         query: (B, C, 256) unit vectors. template: (B, C, 256). query_mask, template_mask: (B, 16, 16).
@@ -84,20 +116,10 @@ def soft_correspondence_map(
     similarity = torch.einsum("bcs,bct->bst", template, query).float()
     similarity = similarity.masked_fill(query_mask.flatten(1)[:, None] == 0, -1e4)
     probability = (similarity / temperature).softmax(2) * inside[..., None]
-    axis = (torch.arange(side, device=query.device, dtype=torch.float32) + 0.5) * CELL - 0.5
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    pixels = torch.stack([x.flatten(), y.flatten()], 1)
+    pixels = patch_centres(query)
 
-    # Sharper than the probabilities: a match counts by how much better it is than its rivals.
-    confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
+    linear, shift, weight = fit_matches(similarity, inside, temperature)
     source, target = pixels.expand(len(query), -1, -1), pixels[similarity.argmax(2)]
-    weight = confidence
-    linear, shift = _fit_similarity(source, target, weight)
-    for scale_px in _FIT_SCALES_PX:
-        residual = target - source @ linear.transpose(1, 2) - shift[:, None]
-        squared = residual.square().sum(2)
-        weight = confidence * (scale_px**2 / (scale_px**2 + squared)) ** 2
-        linear, shift = _fit_similarity(source, target, weight)
     residual = target - source @ linear.transpose(1, 2) - shift[:, None]
 
     size = linear[:, :, 0].norm(dim=1)

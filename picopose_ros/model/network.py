@@ -17,6 +17,7 @@ from picopose_ros.model.affine import (
     initial_flow,
     soft_correspondence_map,
 )
+from picopose_ros.model.agreement import match_agreement
 from picopose_ros.model.backbone import make_backbone
 from picopose_ros.model.config import ModelConfig
 from picopose_ros.model.fast import FastStages, Schedule
@@ -120,6 +121,26 @@ class PicoPose(nn.Module):
         inside = patch_mask(bank_masks).flatten(1)
         return torch.stack(
             [match_scores_masked(d, m, bank, inside) for d, m in zip(descriptors, foreground, strict=True)]
+        )
+
+    @property
+    def reranks(self) -> bool:
+        """Whether stage 2 fits a motion to matches, so that :meth:`agreement` can be asked."""
+        return self.config.affine.input == "softmax"
+
+    def agreement(
+        self, query: Tensor, query_patches: Tensor, bank: Tensor, bank_patches: Tensor
+    ) -> Tensor:
+        """How well the matches with each template agree on one motion, see `match_agreement`.
+
+        Args:
+            query: (C, 256) descriptors of one crop. query_patches: (16, 16) its patch mask.
+            bank: (N, C, 256) descriptors of templates. bank_patches: (N, 16, 16) their patch masks.
+        Returns:
+            (N,) in 0..1.
+        """
+        return match_agreement(
+            query, query_patches.flatten(), bank, bank_patches.flatten(1), self.temperature
         )
 
     def correspond(
