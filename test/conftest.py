@@ -76,3 +76,9 @@ def mini_bop(tmp_path_factory: pytest.TempPathFactory) -> MiniBop:
     from mini_bop import make_mini_bop
 
     return make_mini_bop(tmp_path_factory.mktemp("bop"))
+
+
+@pytest.fixture(scope="session")
+def mini_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the banks of the miniature dataset's models are kept."""
+    return tmp_path_factory.mktemp("mini_banks")

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         "viewpoints": args.viewpoints,
         "score": args.score,
         "cap": args.cap,
-        "estimator": asdict(settings),
+        **asdict(settings),
     }
     journal = Journal(args.out, about, rank)
     try:
