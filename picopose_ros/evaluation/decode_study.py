@@ -480,8 +480,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"(seed {about['seed']}), true masks, preset `{about['preset']}`, weights `{about['weights']}`. No "
         "pose counts as wrong; stage 2's pose never steps in. Thresholds are 4 crop pixels where "
         "nothing else is said. The interval is a bootstrap over the queries of the difference on the same "
-        "hypotheses.\n\n"
-        + table(head, lines)
+        "hypotheses.\n\n" + table(head, lines)
     )
     return first + "\n\n" + second + "\n"
 
