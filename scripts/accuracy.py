@@ -52,6 +52,9 @@ class Run:
 
 RUNS = {
     "main": Run("True masks", HELDOUT, ("--scenes", "480")),
+    "match": Run(
+        "Templates by the match alone, as in the paper", HELDOUT, ("--scenes", "192", "--rerank", "0")
+    ),
     "second": Run(
         "A second look (an option of the estimator)", HELDOUT, ("--scenes", "192", "--second-look")
     ),

@@ -86,6 +86,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     masks = "degraded masks" if about["mask_noise"] else "true masks"
     kept = "background visible" if about["background"] else "background masked"
     kept += ", reference decode" if about["decode"] == "reference" else ""
+    kept += "" if about["rerank"] else ", templates by the match alone"
+    kept += "" if about["precision"] == "auto" else f", {about['precision']}"
+    kept += f", {about['prune']} hypotheses kept for the last grid" if about["prune"] else ""
     kept += ", second look" if about["second_look"] else ""
     sections = [
         f"{overall['all']['queries']} queries of {overall['all']['objects']} objects in {scene}, {masks}, "

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -60,6 +60,7 @@ from picopose_ros.evaluation.stages import (
     with_true_flow,
 )
 from picopose_ros.geometry.crops import crop_box_from_mask
+from picopose_ros.inference import Precision
 from picopose_ros.model import load_model, model_fingerprint
 from picopose_ros.model.checkpoint import save_calibration, weights_path
 from picopose_ros.segmentation import Segment
@@ -668,6 +669,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how pairs are read (subpixel)",
     )
     parser.add_argument(
+        "--rerank",
+        type=int,
+        default=EstimatorSettings().rerank,
+        metavar="N",
+        help="templates that are put in order by how well their matches agree (%(default)s); 0: none",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=EstimatorSettings().precision,
+        help="what the network computes in (%(default)s)",
+    )
+    parser.add_argument(
+        "--prune",
+        type=int,
+        default=EstimatorSettings().prune,
+        metavar="N",
+        help="only the N most promising hypotheses go through the last grid (%(default)s); 0: all",
+    )
+    parser.add_argument(
         "--second-look", action="store_true", help="once more from the template nearest to the best pose"
     )
     add_onboarding_arguments(parser)
@@ -694,6 +715,9 @@ def run(args: argparse.Namespace) -> int:
     settings = EstimatorSettings(
         hypotheses=args.hypotheses,
         decode=args.decode,
+        rerank=args.rerank,
+        precision=args.precision,
+        prune=args.prune,
         second_look=args.second_look,
         keep_background=args.background,
     )
@@ -732,6 +756,9 @@ def run(args: argparse.Namespace) -> int:
                 "mask_noise": args.mask_noise,
                 "background": args.background,
                 "decode": args.decode,
+                "rerank": args.rerank,
+                "precision": args.precision,
+                "prune": args.prune,
                 "second_look": args.second_look,
                 "viewpoints": args.viewpoints,
                 "preset": args.preset,
