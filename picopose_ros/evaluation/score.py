@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial import ConvexHull, QhullError, cKDTree
 from tqdm import tqdm
 
 from picopose_ros import __version__
@@ -33,13 +33,14 @@ from picopose_ros.evaluation.metrics import (
     VSD_DELTA,
     VSD_TAUS,
     VsdScorer,
-    add_or_add_s,
+    add,
     bop_symmetries,
     matched,
     mspd,
     mssd,
     sphere_projections_overlap,
     spheres_overlap,
+    transform_points,
     translation_error,
 )
 from picopose_ros.evaluation.report import check_writable, number, plain, share, table, write_atomically
@@ -154,6 +155,23 @@ class Model:
         except QhullError:  # flat
             return self.mesh.vertices
 
+    @cached_property
+    def _tree(self) -> cKDTree:
+        return cKDTree(self.mesh.vertices)
+
+    def add_or_add_s(self, estimate: np.ndarray, truth: np.ndarray) -> float:
+        """ADD(-S) in metres; infinite where an ADD-S is certainly no right one."""
+        vertices = self.mesh.vertices
+        if not self.symmetric:
+            return add(vertices, estimate, truth)
+        # In the estimate's object frame, so that the tree is always the same one; far points are slow.
+        moved = transform_points(np.linalg.inv(estimate) @ truth, vertices)
+        low, high = self.mesh.bounds
+        beyond = np.linalg.norm(np.maximum(0, np.maximum(low - moved, moved - high)), axis=1)
+        if beyond.mean() >= ADD_SHARE * self.diameter:
+            return float("inf")
+        return float(self._tree.query(moved)[0].mean())
+
 
 @dataclass(frozen=True, eq=False)
 class View:
@@ -208,8 +226,7 @@ class Own:
                     result["vsd"][e, g] = scorers[g].error_of(distance, view.delta)
                 if spheres_overlap(T, truth, model.diameter):
                     result["mssd"][e, g] = mssd(model.hull, T, truth, model.symmetries) / model.diameter
-                    error = add_or_add_s(model.mesh.vertices, T, truth, model.symmetric)
-                    result["add"][e, g] = error / model.diameter
+                    result["add"][e, g] = model.add_or_add_s(T, truth) / model.diameter
                 pixels = mspd(model.mesh.vertices, T, truth, model.symmetries, view.camera.K)
                 result["mspd"][e, g] = pixels * MSPD_WIDTH / view.camera.width
                 result["translation"][e, g] = translation_error(T, truth)
@@ -252,7 +269,7 @@ class Toolkit:
         symmetries = [{"R": s[:3, :3], "t": 1e3 * s[:3, 3:]} for s in model.symmetries]
         points = 1e3 * model.mesh.vertices
         diameter = 1e3 * model.diameter
-        add = self._errors.adi if model.symmetric else self._errors.add
+        distance = self._errors.adi if model.symmetric else self._errors.add
         K = view.camera.K
         for e, T in enumerate(estimates):
             for g, truth in enumerate(truths):
@@ -273,7 +290,7 @@ class Toolkit:
                     )
                 if np.linalg.norm(pair[1] - pair[3]) < diameter:
                     result["mssd"][e, g] = self._errors.mssd(*pair, points, symmetries) / diameter
-                    result["add"][e, g] = add(*pair, points) / diameter
+                    result["add"][e, g] = distance(*pair, points) / diameter
                 with np.errstate(all="ignore"):
                     pixels = self._errors.mspd(*pair, K, points, symmetries)
                 result["mspd"][e, g] = pixels * MSPD_WIDTH / view.camera.width

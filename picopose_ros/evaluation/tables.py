@@ -349,7 +349,8 @@ def markdown(report: Mapping[str, Any], paper: Mapping[str, Any] | None = None) 
     parts = [
         f"`{name}`, {about['images']} images, {variants[first]['targets']} instances; preset "
         f"`{about['preset']}`, weights `{about['weights'][:16]}`, {about['viewpoints']} templates, scored "
-        f"by: {about['implementation']}. Recalls are shares of all instances; what got no pose counts as wrong.",
+        f"by: {about['implementation']}. Recalls are shares of all instances; what got no pose counts as "
+        "wrong.",
         section(
             "Table I: hypotheses",
             "What `picopose eval bop` writes with so many hypotheses.",
