@@ -4,10 +4,12 @@
 #   make demo    set-up, then the whole path on a made world: tables, pictures, build/demo/report.json
 #   make test    set-up, linter, colcon build, tests
 #   make accuracy   the packaged weights on held-out objects; writes docs/accuracy.md
+#   make bench   how fast everything is, under 15 minutes; writes docs/performance.md
 #   make soak    load and faults against the real node; writes docs/soak.md
 #   make clean   removes the environments and all build results
 #
 #   ROS=kilted|jazzy            the ROS distribution; each has its own environment
+#   DEVICE=cuda                 what `make bench` measures (cpu)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
 #   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
 #                               builds saves gigabytes
@@ -21,6 +23,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DURATION ?= 600
+DEVICE ?= cpu
 
 ifeq ($(ROS),kilted)
 VENV := .venv
@@ -46,7 +49,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test train accuracy soak lint colcon clean
+.PHONY: setup demo test train accuracy bench soak lint colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -85,6 +88,10 @@ train: setup
 # Some 25 minutes on two cores; reports that are there already are not made again.
 accuracy: setup
 	$(VENV)/bin/python scripts/accuracy.py
+
+# Parts that are there already, of this commit, are not measured again; build/bench/ keeps them.
+bench: setup
+	$(VENV)/bin/python scripts/bench --device $(DEVICE)
 
 # Load and faults, about 20 minutes; writes docs/soak.md. DURATION: seconds of steady load.
 soak: setup
