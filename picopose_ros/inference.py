@@ -125,6 +125,7 @@ class Network:
         self._model = model
         self._stages: FastStages = model.fast(schedule)
         self._max_batch = max_batch
+        self._max_pairs = min(max_batch, self._stages.pairs_at_once)
         self._descriptors = {n: self._upload(bank.descriptors) for n, bank in banks.items()}
         self._patches = {n: self._upload(_patches(bank.masks)) for n, bank in banks.items()}
         # One half for the maps of many templates, one for the larger parts of the hottest.
@@ -189,14 +190,14 @@ class Network:
         given = [None] * len(chosen) if affines is None else affines
         patches = self._upload(_patches(np.stack([query.mask for query in queries])))
         pairs = _Pairs(queries, encoded, patches, chosen, given)
-        parts = list(_alike_parts([affine is None for affine in given], self._max_batch))
+        parts = list(_alike_parts([affine is None for affine in given], self._max_pairs))
         halfway: dict[int, list[Refining]] = {}
         if keep is not None:
             halfway = self._halfway(pairs, parts)
             best, others = _promising(halfway, pairs, keep)
             if others:
                 yield from self._given_up(pairs, others, halfway, trace).collect(chosen)
-            parts = [best[i : i + self._max_batch] for i in range(0, len(best), self._max_batch)]
+            parts = [best[i : i + self._max_pairs] for i in range(0, len(best), self._max_pairs)]
         running: _Running | None = None
         for part in parts:
             launched = self._launch(pairs, part, halfway, trace)

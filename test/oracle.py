@@ -40,6 +40,7 @@ class OracleModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = PRESETS["tiny"]
+        self.pairs_at_once = 16
         self.anchor = nn.Parameter(torch.zeros(1))
         self.queries: dict[bytes, Placed] = {}
         self.templates: dict[bytes, tuple[TemplateBank, int]] = {}

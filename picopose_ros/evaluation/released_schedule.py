@@ -9,21 +9,21 @@ that influences nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from picopose_ros.estimator import PoseEstimator
+from picopose_ros.estimator import EstimatorSettings, PoseEstimator
 from picopose_ros.inference import Choice, Hypothesis, Query
 from picopose_ros.model import Features, PicoPose
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.offsets import lookup_volume
+from picopose_ros.templates.bank import TemplateBank
 
 CHUNK = 4
 """Segments that go through the released network at once."""
@@ -36,9 +36,18 @@ class ReleasedEstimator(PoseEstimator):
     templates) are not looked at. Its first estimate makes what the released code has made before.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """As `PoseEstimator`, without a schedule."""
-        super().__init__(*args, **options, schedule=replace(Schedule(), parallel_pnp=False))
+    def __init__(
+        self,
+        model: PicoPose,
+        banks: Mapping[str, TemplateBank],
+        settings: EstimatorSettings | None = None,
+        device: str | torch.device = "cpu",
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """As `PoseEstimator`; hypotheses are the best matches, without a second thought."""
+        settings = replace(settings or EstimatorSettings(), rerank=0)
+        schedule = replace(Schedule(), parallel_pnp=False)
+        super().__init__(model, banks, settings, device, aliases, schedule)
 
     def _encode(self, queries: Sequence[Query]) -> Features:
         crops = torch.from_numpy(np.stack([query.crop for query in queries])).to(self.device)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 _WINOGRAD_CHANNELS = 128
 """Fewest channels for which Winograd's convolutions paid off on a CPU."""
 
+_WIDEST = 2**23
+"""Values of the widest map of a pass beyond which a CPU is slower: memory, not products, takes the time."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -47,7 +50,7 @@ class Schedule:
     Attributes:
         template_parts: a template's share of the heads' first convolution is computed once and remembered;
             False: with every hypothesis.
-        local_lookup: correlations on the 64x64 grid are looked up without the volume.
+        local_lookup: correlations are looked up without the volume of all pairs of cells.
         winograd: large 3x3 convolutions on a CPU in fp32 by Winograd's method.
         channels_last: maps in that memory layout.
         bank_product: stage 1 is one product per object of a bank as it is with the patches inside all masks;
@@ -142,6 +145,7 @@ class FastStages:
 
     Attributes:
         model: the network. schedule: what is done to be fast.
+        pairs_at_once: pairs in a pass beyond which nothing is gained.
     """
 
     def __init__(self, model: PicoPose, schedule: Schedule | None = None) -> None:
@@ -149,6 +153,9 @@ class FastStages:
         self.schedule = schedule or Schedule()
         with torch.no_grad():
             self._blocks = [_FastBlock(block, self.schedule) for block in model.offsets.blocks]
+        self.pairs_at_once = 2**16
+        if next(model.parameters()).device.type == "cpu":
+            self.pairs_at_once = max(_WIDEST // (self._blocks[-1].width * GRIDS[-1] ** 2), 1)
 
     def encode(self, rgb: Tensor) -> Features:
         """Encode normalised crops (B, 3, 224, 224)."""
@@ -262,7 +269,11 @@ def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class _FastBlock:
-    """`OffsetBlock` for inference."""
+    """`OffsetBlock` for inference.
+
+    Attributes:
+        width: channels that the first convolution behind the concatenation gives.
+    """
 
     def __init__(self, block: OffsetBlock, schedule: Schedule) -> None:
         self._block = block
@@ -286,6 +297,7 @@ class _FastBlock:
         if isinstance(block.trunk, nn.Sequential):
             self._both = _Conv(*merged, schedule, relu=True)
             weight, bias = _folded(block.trunk[0], block.trunk[1])
+        self.width = len(bias)
         dim = block.proj[0].out_channels
         # The first convolution behind the concatenation, split: the template's share and the others'.
         self._template_part = _Conv(weight[:, :dim].contiguous(), bias, schedule)
@@ -330,8 +342,7 @@ class _FastBlock:
     def _correlation(self, template: Tensor, seen: Tensor, position: Tensor) -> Tensor:
         block = self._block
         corr_t, corr_q = block.correlated(template, seen)
-        local = self._schedule.local_lookup and position.shape[-1] == GRIDS[-1]
-        lookup = lookup_local if local else lookup_volume
+        lookup = lookup_local if self._schedule.local_lookup else lookup_volume
         return lookup(corr_t, corr_q, position, block.radius, block.levels)
 
     def _encode_motion(self, correlation: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,10 +96,10 @@ def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int,
     All samples of a window share their fraction of a cell, so (2r+2)^2 dot products with whole cells,
     mixed bilinearly, give all (2r+1)^2 samples.
     """
-    batch, channels, n, _ = template.shape
+    batch, _, n, _ = template.shape
     side = 2 * radius + 1
     reach = torch.arange(-radius, radius + 2, device=position.device)
-    rows = template.permute(0, 2, 3, 1).reshape(batch, n * n, channels, 1)
+    rows = template.flatten(2).transpose(1, 2)
     samples = []
     for level in range(levels):
         if level:
@@ -115,10 +115,8 @@ def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int,
         y = (base[:, :, 1:2] + reach).clamp(-1, size) + 1
         padded = size + 2
         index = y[:, :, :, None] * padded + x[:, :, None, :]
-        offset = torch.arange(batch, device=index.device).view(-1, 1, 1, 1) * padded**2
-        table = F.pad(query, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
-        cells = F.embedding((index + offset).flatten(2), table)
-        dots = (cells @ rows)[..., 0].reshape(batch, n * n, side + 1, side + 1)
+        table = F.pad(query, (1, 1, 1, 1)).flatten(2).transpose(1, 2)
+        dots = _dots(rows, table, index.flatten(2)).reshape(batch, n * n, side + 1, side + 1)
         fx = fraction[:, :, 0, None, None]
         fy = fraction[:, :, 1, None, None]
         dots = dots[:, :, :-1] * (1 - fy) + dots[:, :, 1:] * fy
@@ -126,6 +124,45 @@ def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int,
         # (y, x) -> x slow
         samples.append(dots.transpose(2, 3).reshape(batch, n, n, side * side))
     return torch.cat(samples, 3).permute(0, 3, 1, 2)
+
+
+_PAYS = 60
+"""On a CPU so many products of a matrix take the time of one of gathered values."""
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
+"""Values gathered or computed at once for dot products: what a cache holds, or what memory allows."""
+
+
+def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Dot products of rows with some rows of a table.
+
+    Args:
+        rows: (B, m, C). table: (B, t, C). index: (B, m, k) which of the table's.
+    Returns:
+        (B, m, k).
+    """
+    batch, size, channels = table.shape
+    count = index.shape[2]
+    kind = rows.device.type
+    at_once = _AT_ONCE.get(kind, 2**27)
+    if not torch.is_grad_enabled() and size < _PAYS * count:  # all of them, and take what is named
+        step = max(at_once // size, 1)
+        found = [
+            (part @ whole.T).gather(1, names)
+            for own, whole, i in zip(rows, table, index)
+            for part, names in zip(own.split(step), i.split(step))
+        ]
+        return torch.cat(found).view_as(index)
+    index = index + torch.arange(batch, device=index.device).view(-1, 1, 1) * size
+    index, rows, table = index.flatten(0, 1), rows.reshape(-1, channels, 1), table.reshape(-1, channels)
+    # With gradients, every part would make one of the whole table.
+    step = len(rows) if torch.is_grad_enabled() else max(at_once // (count * channels), 1)
+    found = []
+    for own, names in zip(rows.split(step), index.split(step)):
+        cells = F.embedding(names, table)
+        # A CPU's batched product takes them one by one.
+        by_hand = kind == "cpu" and not torch.is_grad_enabled()
+        found.append((cells * own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
+    return torch.cat(found).view(batch, -1, count)
 
 
 _LOOKUP = {"volume": lookup_volume, "local": lookup_local}
