@@ -8,19 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from released_weights import fixture_state
 
 from picopose_ros.model import PicoPose, convert_released, preset
 from picopose_ros.model.checkpoint import _fit
-
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-from deterministic_weights import det_array  # noqa: E402
 
 DEFAULT_FIXTURE = Path(__file__).parent / "data" / "parity_vits_small.npz"
 
@@ -103,8 +98,6 @@ def assert_matches(name: str, full_tensor: Any, rtol: float) -> None:
 def parity_model() -> PicoPose:
     """The network of the fixture of this run, filled with the weights that produced it."""
     versions = load_parity().meta["versions"]
-    manifest = json.loads((DATA / f"state_dict_manifest_{versions['arch']}.json").read_text())
-    state = {k: torch.from_numpy(det_array(k, shape, versions["seed"])) for k, shape in manifest.items()}
     network = PicoPose(preset(versions["arch"]))
-    _fit(network, convert_released({f"network.{k}": v for k, v in state.items()}), Path("fixture"))
+    _fit(network, convert_released(fixture_state(versions["arch"], versions["seed"])), Path("fixture"))
     return network.eval()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,14 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import Parity, load_parity
+from parity import Parity, load_parity, parity_model
 
 from picopose_ros.errors import CheckpointError
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb
-from picopose_ros.model import PicoPose, convert_released, preset
+from picopose_ros.model import PicoPose, preset
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.backbone import ViTBackbone
-from picopose_ros.model.checkpoint import _fit, resample_pos_embed
+from picopose_ros.model.checkpoint import resample_pos_embed
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import AffineLabels, flow_labels
@@ -42,10 +40,6 @@ from picopose_ros.training.released import (
     start_released,
     visibility_labels,
 )
-
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-from deterministic_weights import det_array  # noqa: E402
 
 NO_NOISE = NoiseLevels(scale=(0.0,), angle_deg=(0.0,), translation_px=(0.0,))
 CONFIG = TrainConfig(cross_share=0.0)
@@ -95,12 +89,7 @@ def batch(parity: Parity) -> Batch:
 
 @pytest.fixture(scope="module")
 def released(parity: Parity) -> PicoPose:
-    versions = parity.meta["versions"]
-    manifest = json.loads((DATA / f"state_dict_manifest_{versions['arch']}.json").read_text())
-    state = {f"network.{k}": torch.from_numpy(det_array(k, s, versions["seed"])) for k, s in manifest.items()}
-    network = PicoPose(preset(versions["arch"]))
-    _fit(network, convert_released(state), Path("fixture"))
-    return network.eval()
+    return parity_model()
 
 
 def _generators(count: int, seed: int = 0) -> list[torch.Generator]:
