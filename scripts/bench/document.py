@@ -140,19 +140,16 @@ def section(parts: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str])
 
 
 def _circumstances(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    setups: dict[str, str] = {}
     rows = []
     for about in (part["about"] for part in parts.values()):
-        rows.append(
-            [
-                about["part"],
-                about["date"],
-                about["commit"],
-                f"{about['machine']}; {about['device']}",
-                f"torch {about['torch']}, {about['threads']} threads",
-                f"{about['seconds']:.0f} s",
-            ]
+        setup = (
+            f"{about['machine']}; on {about['device']}; torch {about['torch']}, {about['threads']} threads"
         )
-    return table(["part", "measured", "commit", "machine; device", "with", "took"], rows)
+        mark = setups.setdefault(setup, chr(ord("A") + len(setups)))
+        rows.append([about["part"], mark, about["date"], about["commit"], f"{about['seconds']:.0f} s"])
+    lines = [f"- {mark}: {setup}" for setup, mark in setups.items()]
+    return "\n".join([*lines, "", table(["part", "on", "measured", "commit", "took"], rows)])
 
 
 def write_document(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
