@@ -82,7 +82,7 @@ def _dispatch(program: str, description: str, commands: Mapping[str, Command], a
 def _run(program: str, command: Command, argv: list[str]) -> int:
     from picopose_ros.errors import PicoPoseError
 
-    description = command.summary.capitalize() + "."
+    description = command.summary[0].upper() + command.summary[1:] + "."
     module = importlib.import_module(command.module)
     if hasattr(module, "COMMANDS"):
         return _dispatch(program, description, module.COMMANDS, argv)
