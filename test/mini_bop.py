@@ -63,7 +63,8 @@ def make_mini_bop(root: Path) -> MiniBop:
     folder = root / NAME
     models = {CAN: can(), BOX: OBJECTS["cereal_box"].make(), DRILL: OBJECTS["drill"].make()}
     meshes = {number: _coloured(parts) for number, parts in models.items()}
-    _write_models(folder, meshes)
+    shapes = {number: trimesh.util.concatenate([_bare(part) for part in p]) for number, p in models.items()}
+    _write_models(folder, meshes, shapes)
     detections: list[dict[str, Any]] = []
     targets: list[dict[str, int]] = []
     with MeshRenderer() as renderer:
@@ -101,16 +102,23 @@ def _coloured(parts: list[trimesh.Trimesh]) -> trimesh.Trimesh:
     for part in parts:
         while part.edges_unique_length.max() > _GAPS / 1000.0:
             part = part.subdivide(np.flatnonzero(_longest(part) > _GAPS / 1000.0))
-        fine.append(trimesh.Trimesh(part.vertices, part.faces, process=False))
+        fine.append(_bare(part))
         fine[-1].visual.vertex_colors = part.visual.to_color().vertex_colors
     return trimesh.util.concatenate(fine)
+
+
+def _bare(part: trimesh.Trimesh) -> trimesh.Trimesh:
+    return trimesh.Trimesh(part.vertices, part.faces, process=False)
 
 
 def _longest(mesh: trimesh.Trimesh) -> np.ndarray:
     return mesh.edges_unique_length[mesh.faces_unique_edges].max(axis=1)
 
 
-def _write_models(folder: Path, meshes: dict[int, trimesh.Trimesh]) -> None:
+def _write_models(
+    folder: Path, meshes: dict[int, trimesh.Trimesh], shapes: dict[int, trimesh.Trimesh]
+) -> None:
+    """The evaluation models have the shape only, and few vertices, as BOP's."""
     infos = {}
     for number, mesh in meshes.items():
         scaled = mesh.copy()
@@ -122,10 +130,10 @@ def _write_models(folder: Path, meshes: dict[int, trimesh.Trimesh]) -> None:
             **{f"min_{axis}": float(value) for axis, value in zip("xyz", low)},
             **{f"size_{axis}": float(value) for axis, value in zip("xyz", high - low)},
         }
-        for name, kept in (("models", scaled), ("models_eval", scaled.copy())):
+        shape = shapes[number].copy()
+        shape.apply_scale(1000.0)
+        for name, kept in (("models", scaled), ("models_eval", shape)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            if name == "models_eval":  # as BOP's: shape only
-                kept.visual = trimesh.visual.ColorVisuals(kept)
             kept.export(folder / name / f"obj_{number:06d}.ply")
     infos[str(CAN)]["symmetries_continuous"] = [{"axis": [0, 0, 1], "offset": [0, 0, 0]}]
     low, high = meshes[BOX].bounds * 1000.0

@@ -1,0 +1,159 @@
+"""`picopose eval tables` on the miniature dataset, and what it makes of a traced hypothesis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mini_bop import MiniBop
+from oracle import OracleModel
+
+from picopose_ros.cli.main import main
+from picopose_ros.estimator import Hypothesis
+from picopose_ros.evaluation.bop.results import read_results
+from picopose_ros.evaluation.tables import after_block, matched_affine
+from picopose_ros.geometry.crops import CROP_SIZE, GRID
+from picopose_ros.templates.bank import build_bank
+from picopose_ros.templates.meshes import discover_objects, load_object
+from picopose_ros.templates.viewpoints import spread_viewpoints
+
+IMAGES = 2
+
+
+def arguments(mini: MiniBop, cache: Path, out: Path, *more: str) -> list[str]:
+    where = ["--root", str(mini.root), "--dataset", mini.name, "--detections", str(mini.detections)]
+    cheap = ["--hypotheses", "2", "--viewpoints", "42", "--cache-dir", str(cache), "--limit", str(IMAGES)]
+    return ["eval", "tables", *where, *cheap, "--implementation", "own", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def tables(mini_bop: MiniBop, mini_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run over the first images."""
+    out = tmp_path_factory.mktemp("tables") / "mini"
+    assert main(arguments(mini_bop, mini_cache, out)) == 0
+    return out
+
+
+def test_every_table_has_its_rows(tables: Path) -> None:
+    report = json.loads((tables / "tables.json").read_text())
+    variants = report["variants"]
+    assert set(variants) == {
+        "1 hypothesis",
+        "2 hypotheses",
+        "stage 1",
+        "stage 2",
+        "start: identity",
+        "start: stage 1",
+        "1 block",
+        "2 blocks",
+        "2 templates",
+        "6 templates",
+    }
+    assert {one["targets"] for one in variants.values()} == {5}
+    assert all(0 <= one["ar"] <= 1 for one in variants.values())
+    # The stages improve on each other, and the fewer the templates the worse, whatever the weights are.
+    ar = {name: one["ar"] for name, one in variants.items()}
+    assert ar["stage 1"] < ar["stage 2"] < ar["1 hypothesis"]
+    assert ar["start: identity"] < ar["1 hypothesis"] and ar["2 templates"] < ar["2 hypotheses"]
+    epe = report["epe"]
+    assert epe["1"]["mean"] > epe["2"]["mean"] > epe["3"]["mean"] > 0
+    assert report["tables"]["blocks"] == 3 and report["tables"]["images"] == IMAGES
+
+    text = (tables / "tables.md").read_text()
+    for words in ("Table I:", "Table IV:", "Table VI:", "Table VII:", "Table VIII:", "| 3 blocks |"):
+        assert words in text
+    assert "| 42 templates |" in text and "162" not in text
+    assert text.count("n/a") == 2 * 4 + 3 * 3 + 3 + 3 + 3, "nothing is said of the paper"
+    assert len(read_results(tables / "1_hypothesis_mini-test.csv")) == 5
+
+
+def test_the_csv_is_what_the_table_says(tables: Path, mini_bop: MiniBop, tmp_path: Path) -> None:
+    """Scored alone, over all images: the same hits among more targets."""
+    path = tables / "2_hypotheses_mini-test.csv"
+    out = tmp_path / "scores.json"
+    where = ["--root", str(mini_bop.root), "--dataset", mini_bop.name, "--implementation", "own"]
+    assert main(["eval", "score", str(path), *where, "--out", str(out)]) == 0
+    alone = json.loads(out.read_text())["overall"]
+    within = json.loads((tables / "tables.json").read_text())["variants"]["2 hypotheses"]
+    for name in ("vsd", "mssd", "mspd", "ar", "add", "translation_5cm"):
+        assert alone[name] * alone["targets"] == pytest.approx(within[name] * within["targets"], abs=1e-3)
+
+
+def test_a_second_run_measures_nothing_again(
+    tables: Path, mini_bop: MiniBop, mini_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last image is taken out of the journal: it alone is measured; values of the paper stand beside."""
+    journal = tables / "journal-0.jsonl"
+    before = (tables / "tables.json").read_text()
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + IMAGES
+    journal.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote
+    paper = tmp_path / "paper.json"
+    paper.write_text(json.dumps({"mini": {"stage 2": {"ar": 0.125, "epe": 7.5}}}))
+    assert main(arguments(mini_bop, mini_cache, tables, "--paper", str(paper))) == 0
+    again = journal.read_text().splitlines(keepends=True)
+    assert again[:-1] == lines[:-1] and json.loads(again[-1]) == json.loads(lines[-1])
+    assert (tables / "tables.json").read_text() == before
+    row = next(
+        line for line in (tables / "tables.md").read_text().splitlines() if line.startswith("| stage 2")
+    )
+    assert row.split(" | ")[2] == ".125" and row.endswith("| 7.5 |")
+    # Other settings need another folder; a file that is no table of values is named.
+    assert main([*arguments(mini_bop, mini_cache, tables), "--hypotheses", "3"]) == 2
+    assert "hypotheses: 2 there, 3 now" in capsys.readouterr().err
+    paper.write_text("[1]")
+    assert main(arguments(mini_bop, mini_cache, tables, "--paper", str(paper))) == 2
+    assert str(paper) in capsys.readouterr().err
+
+
+# -- parts ------------------------------------------------------------------------------------------
+
+
+def test_a_bank_of_some_templates(mini_bop: MiniBop) -> None:
+    spec = next(iter(discover_objects(mini_bop.folder / "models_eval")))
+    bank = build_bank(load_object(spec), OracleModel(), 42)
+    ids = spread_viewpoints(6, 42)
+    few = bank.select(ids)
+    assert len(few) == 6 and few.class_id == bank.class_id and few.diameter == bank.diameter
+    np.testing.assert_array_equal(few.T_cam_ctr, bank.T_cam_ctr[ids])
+    np.testing.assert_array_equal(few.centres, bank.centres[ids])
+    np.testing.assert_array_equal(few.crops([2]).numpy(), bank.crops([ids[2]]).numpy())
+    np.testing.assert_array_equal(few.points_consistent[3], bank.points_consistent[ids[3]])
+    np.testing.assert_array_equal(few.K, bank.K)
+
+
+def test_an_earlier_block_speaks_of_the_same_places() -> None:
+    """The flow of one motion, at either grid, sends every cell of the last one to the same crop pixel."""
+
+    def flow(side: int) -> np.ndarray:
+        grid = np.stack(np.meshgrid(np.arange(side), np.arange(side))).astype(float)
+        place = np.tensordot([[0.9, -0.2], [0.2, 0.9]], grid / side, 1) + [[[0.1]], [[0.02]]]
+        return place * side - grid
+
+    coarse = (flow(16), np.ones((16, 16))), (flow(32), np.full((32, 32), -1.0))
+    hypothesis = Hypothesis(0, 0.5, np.eye(3), flow(GRID), np.zeros((GRID, GRID)), coarse)
+    inside = slice(0, 60)  # beyond the last coarse cell there is nothing to interpolate
+    for index, certainty in enumerate((1.0, -1.0)):
+        earlier = after_block(hypothesis, index)
+        np.testing.assert_allclose(
+            earlier.flow[:, inside, inside], hypothesis.flow[:, inside, inside], atol=1e-9
+        )
+        assert (earlier.certainty == certainty).all() and earlier.certainty.shape == (GRID, GRID)
+
+
+def test_matches_with_strays_give_their_similarity() -> None:
+    true = np.array([[0.8, -0.3, 60.0], [0.3, 0.8, 10.0], [0, 0, 1]])
+    at = np.arange(16) * 14 + 6.5
+    grid = np.stack(np.meshgrid(at, at))
+    matches = np.tensordot(true[:2, :2], grid, 1) + true[:2, 2, None, None]
+    rng = np.random.default_rng(3)
+    stray = rng.uniform(size=(16, 16)) < 0.4
+    matches[:, stray] = rng.uniform(0, CROP_SIZE, (2, int(stray.sum())))
+    mask = np.zeros((CROP_SIZE, CROP_SIZE), bool)
+    mask[28:182, 42:196] = True
+    hypothesis = Hypothesis(0, 0.5, np.eye(3), np.zeros((2, 64, 64)), np.zeros((64, 64)), matches=matches)
+    np.testing.assert_allclose(matched_affine(hypothesis, mask)[:2, :2], true[:2, :2], atol=0.02)
+    np.testing.assert_allclose(matched_affine(hypothesis, mask)[:2, 2], true[:2, 2], atol=2)
+    np.testing.assert_array_equal(matched_affine(hypothesis, np.zeros_like(mask)), np.eye(3))
