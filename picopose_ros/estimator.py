@@ -288,6 +288,20 @@ class PoseEstimator:
             self._schedule,
         )
 
+    def with_banks(
+        self, banks: Mapping[str, TemplateBank], aliases: Mapping[str, str] | None = None
+    ) -> PoseEstimator:
+        """The same for other objects; what is prepared of the network and of those that stay is kept.
+
+        Args:
+            banks, aliases: as for a new one. A bank that stays is the same object as before.
+        """
+        other = type(self)(self.model, banks, self.settings, self.device, aliases)
+        other._schedule = self._schedule
+        if "_network" in self.__dict__:
+            other._network = self._network.with_banks(banks)
+        return other
+
     def resident_bytes(self) -> dict[str, int]:
         """Memory on the device beside the network's: ``descriptors``, ``masks``, ``cache`` of templates."""
         return self._network.resident_bytes()
@@ -304,6 +318,7 @@ class PoseEstimator:
         cache_dir: str | Path | None = None,
         hypotheses: int = 5,
         progress: bool | Progress = False,
+        precision: Precision = "auto",
     ) -> PoseEstimator:
         """Load the network, onboard the objects of a folder, be ready.
 
@@ -316,11 +331,12 @@ class PoseEstimator:
             hypotheses: templates tried per segment.
             progress: True for a bar on the terminal; or called as each object is begun and done. What it
                 raises ends the loading.
+            precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
 
         Raises:
             MeshError, CheckpointError, ConfigError, RenderError: what can't be used, where and what to do.
         """
-        settings = EstimatorSettings(hypotheses=hypotheses)
+        settings = EstimatorSettings(hypotheses=hypotheses, precision=precision)
         model = load_model(preset, weights, torch_device(device))
         onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, get_args
@@ -126,11 +127,30 @@ class Network:
         self._stages: FastStages = model.fast(schedule)
         self._max_batch = max_batch
         self._max_pairs = min(max_batch, self._stages.pairs_at_once)
-        self._descriptors = {n: self._upload(bank.descriptors) for n, bank in banks.items()}
-        self._patches = {n: self._upload(_patches(bank.masks)) for n, bank in banks.items()}
+        self._banks: dict[str, TemplateBank] = {}
+        self._descriptors: dict[str, Tensor] = {}
+        self._patches: dict[str, Tensor] = {}
         # One half for the maps of many templates, one for the larger parts of the hottest.
         self._maps: _Recent[Prepared] = _Recent(cache_bytes // 2)
         self._parts: _Recent[tuple[Tensor, ...]] = _Recent(cache_bytes // 2)
+        self._take(banks)
+
+    def with_banks(self, banks: Mapping[str, TemplateBank]) -> Network:
+        """The same with other banks; what is here of those that stay (the same object) is kept."""
+        other = copy.copy(self)
+        other._take(banks)
+        return other
+
+    def _take(self, banks: Mapping[str, TemplateBank]) -> None:
+        staying = {name for name, bank in banks.items() if self._banks.get(name) is bank}
+        self._maps, self._parts = self._maps.only(staying), self._parts.only(staying)
+        descriptors, patches = self._descriptors, self._patches
+        self._descriptors, self._patches = {}, {}
+        for name, bank in banks.items():
+            stays = name in staying
+            self._descriptors[name] = descriptors[name] if stays else self._upload(bank.descriptors)
+            self._patches[name] = patches[name] if stays else self._upload(_patches(bank.masks))
+        self._banks = dict(banks)
 
     def encode(self, queries: Sequence[Query]) -> Prepared:
         """What all stages need of the queries, in their order."""
@@ -424,6 +444,14 @@ class _Recent(Generic[T]):
         """Remember a new value of ``size`` bytes, at least until :meth:`trim`."""
         self._entries[key] = value, size
         self.bytes += size
+
+    def only(self, classes: Set[str]) -> _Recent[T]:
+        """A copy without what belongs to other classes."""
+        other = _Recent[T](self._limit)
+        for key, (value, size) in self._entries.items():
+            if key[0] in classes:
+                other.put(key, value, size)
+        return other
 
     def trim(self) -> None:
         """Forget what exceeds the limit."""

@@ -12,11 +12,12 @@ import torch
 import trimesh
 from parity import parity_model
 
+from picopose_ros.errors import ConfigError
 from picopose_ros.estimator import EstimatorSettings, PoseEstimator
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.geometry.poses import make_transform
-from picopose_ros.inference import Hypothesis
+from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
+from picopose_ros.inference import Hypothesis, resolve_precision
 from picopose_ros.model import load_model
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.matching import bank_scores, match_scores_masked, match_scores_released
@@ -139,6 +140,99 @@ def test_each_way_of_being_fast_can_be_left_out(world, released, preset, name):
     schedule = replace(Schedule(), **{name: False})
     fast = world.make(PoseEstimator, preset, schedule, hypotheses=1, rerank=0, precision="fp32")
     assert_equal(hypotheses(fast, world, slice(0, 1)), [released[preset][0][:1]])
+
+
+
+def test_memory_for_templates_is_bounded_and_changes_nothing(world, released):
+    wide = world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0)
+    narrow = world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0, template_cache_mb=2)
+    none = world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0, template_cache_mb=0)
+    for estimator, most in ((wide, 512), (narrow, 2), (none, 0)):
+        for _ in range(2):
+            assert_equal(hypotheses(estimator, world), released["tiny"])
+            assert estimator.resident_bytes()["cache"] <= most * 2**20
+    sizes = [estimator.resident_bytes()["cache"] for estimator in (wide, narrow, none)]
+    assert sizes[0] > sizes[1] > sizes[2] == 0
+    bank = world.banks["brick"]
+    assert wide.resident_bytes()["descriptors"] == 2 * bank.descriptors.nbytes
+
+
+def test_other_objects_keep_what_is_known_of_those_that_stay(world, released):
+    estimator = world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0)
+    hypotheses(estimator, world)
+    before = estimator.resident_bytes()["cache"]
+    fewer = estimator.with_banks({"bar": world.banks["bar"]}, {"7": "bar"})
+    assert 0 < fewer.resident_bytes()["cache"] < before == estimator.resident_bytes()["cache"]
+    segments = [*world.segments[:2], replace(world.segments[1], class_id="7")]
+    result = fewer.estimate(world.rgb, CAMERA, segments)
+    assert [p.segment for p in result.poses] == [1, 2] and [i for i, _ in result.skipped] == [0]
+    again = fewer.with_banks({"bar": replace(world.banks["bar"]), "brick": world.banks["brick"]})
+    assert again.resident_bytes()["cache"] == 0, "a new bank of a known name is another one"
+    assert_equal(hypotheses(again, world), released["tiny"])
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_only_the_promising_reach_the_last_grid(world, trace):
+    full = world.make(PoseEstimator, "tiny", hypotheses=4, rerank=0)
+    every = hypotheses(full, world, trace=trace)
+    some = hypotheses(full, world, trace=trace, keep=2)
+    for own, others in zip(some, every):
+        assert [h.template for h in own] == [h.template for h in others]
+        assert sum(h.pruned for h in own) == 2 and not any(h.pruned for h in others)
+        for one, other in zip(own, others):
+            assert one.flow.shape == (2, 64, 64) and one.certainty.shape == (64, 64)
+            assert len(one.coarse) == (2 if trace else 0)
+            if not one.pruned:
+                assert_equal([[one]], [[other]])
+            for (f, c), (g, d) in zip(one.coarse, other.coarse):
+                np.testing.assert_allclose(f, g, atol=1e-3)
+                np.testing.assert_allclose(c, d, atol=1e-3)
+    # Asked for more than there are, nothing is given up.
+    assert_equal(hypotheses(full, world, keep=9), every)
+
+
+def test_poses_come_from_hypotheses_that_reached_the_last_grid(world):
+    full, pruned = (
+        world.make(PoseEstimator, "tiny", hypotheses=4, rerank=0, prune=prune) for prune in (0, 1)
+    )
+    plain = pruned.estimate(world.rgb, CAMERA, world.segments)
+    traced = pruned.estimate(world.rgb, CAMERA, world.segments, trace=True)
+    every = full.estimate(world.rgb, CAMERA, world.segments, trace=True)
+    for pose, trace, all_of_it in zip(plain.poses, traced.traces, every.traces):
+        (kept,) = [h for h in trace.hypotheses if not h.hypothesis.pruned]
+        assert pose.template == kept.hypothesis.template and pose.source == "offsets"
+        np.testing.assert_array_equal(pose.T_cam_obj, trace.answers[-1].T_cam_obj)
+        (same,) = [h for h in all_of_it.hypotheses if h.hypothesis.template == pose.template]
+        np.testing.assert_allclose(pose.T_cam_obj, same.T_offsets, atol=1e-4)
+        assert all(h.T_offsets is None for h in trace.hypotheses if h.hypothesis.pruned)
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near(world, precision):
+    full, half = (
+        world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0, precision=p) for p in ("fp32", precision)
+    )
+    a, b = (estimator.estimate(world.rgb, CAMERA, world.segments) for estimator in (full, half))
+    assert [p.segment for p in b.poses] == [0, 1, 2]
+    for one, other in zip(a.poses, b.poses):
+        if one.template == other.template:  # near ties may be broken otherwise
+            assert rotation_angle_deg(one.T_cam_obj[:3, :3], other.T_cam_obj[:3, :3]) < 2
+        assert abs(one.confidence - other.confidence) < 0.1
+    # It does compute in that type: what is remembered of templates takes half of the memory.
+    ratio = half.resident_bytes()["cache"] / full.resident_bytes()["cache"]
+    assert ratio < 0.75
+
+
+def test_precision_suits_the_device():
+    assert resolve_precision("auto", torch.device("cuda")) == torch.float16
+    assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="precision is 'int8'"):
+        EstimatorSettings(precision="int8")
+    with pytest.raises(ConfigError, match="prune"):
+        EstimatorSettings(prune=-1)
 
 
 # -- stage 1 ---------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
         cells = F.embedding(names, table)
         # A CPU's batched product takes them one by one.
         by_hand = kind == "cpu" and not torch.is_grad_enabled()
-        found.append((cells * own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
+        found.append(cells.mul_(own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
     return torch.cat(found).view(batch, -1, count)
 
 
