@@ -125,9 +125,9 @@ DEFAULT = "subpixel, minimal draws, refined (the default)"
 RELEASED = "reference, EPnP in 2 image px, 150 draws (the released network's)"
 VARIANTS: dict[str, Variant] = {
     DEFAULT: Variant(),
-    "the same, not refined": Variant(refine=False),
+    "the default, not refined": Variant(refine=False),
     RELEASED: Variant("reference", "nearest", draw_five, False, 2.0, False, 150, True),
-    "the same pairs, the default's RANSAC": Variant("reference", "nearest"),
+    "reference pairs, the default's RANSAC": Variant("reference", "nearest"),
     "released 2D, consistent 3D": Variant("reference", "consistent"),
     "continuous 2D, released 3D": Variant("subpixel", "nearest"),
     "subpixel, EPnP in 2 image px, 150 draws": Variant(
@@ -153,7 +153,7 @@ VARIANTS: dict[str, Variant] = {
 
 PERFECT: dict[str, tuple[str, tuple[str, str, str] | None]] = {
     RELEASED: ("released (cell's middle, nearest depth)", ("0.48 / 0.89", "1.36 / 1.86", "1.76 / 4.46")),
-    "the same pairs, the default's RANSAC": ("the same, the default's RANSAC and refinement", None),
+    "reference pairs, the default's RANSAC": ("the same, the default's RANSAC and refinement", None),
     "continuous 2D, released 3D": (
         "continuous 2D, released 3D",
         ("0.36 / 0.68", "1.36 / 1.73", "1.45 / 3.64"),
@@ -444,45 +444,47 @@ def markdown(report: Mapping[str, Any]) -> str:
         "percentile. The last column was measured with the released code and one object.\n\n"
         + table(head, rows)
     )
-    counts = about["hypotheses"]
-    lines = []
-    for name, cut in report["variants"].items():
-        cells = [name]
-        for count in counts:
-            part = cut[str(count)]
-            low, high = part["gain_interval"]
-            gain = (
-                ""
-                if name == DEFAULT
-                else f"{100 * part['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-            )
-            cells += [
-                share(part["add_recall"]),
-                share((part["mssd"] + part["mspd"]) / 2),
-                gain,
-                number(part["rotation_deg"], 1),
-                number(part["translation_mm"], 1),
-            ]
-        lines.append([*cells, number(cut["milliseconds"], 1)])
-    head = [""]
-    for count in counts:
-        words = f"{count} hypothes{'i' if count == 1 else 'e'}s"
-        head += [
-            f"{words}: ADD(-S) < 0.1 d",
-            "AR of MSSD, MSPD",
-            "points more than the default (95 %)",
-            "rotation, median deg",
-            "translation, median mm",
-        ]
-    head.append("ms per hypothesis")
     second = (
         f"The network's offsets: {about['queries']} queries of {about['objects']} unambiguous objects "
         f"(seed {about['seed']}), true masks, preset `{about['preset']}`, weights `{about['weights']}`. No "
-        "pose counts as wrong; stage 2's pose never steps in. Thresholds are 4 crop pixels where "
-        "nothing else is said. The interval is a bootstrap over the queries of the difference on the same "
-        "hypotheses.\n\n" + table(head, lines)
+        "pose counts as wrong; stage 2's pose never steps in. Thresholds are 4 crop pixels where nothing "
+        "else is said. The interval is a bootstrap over the queries of the difference on the same "
+        "hypotheses; milliseconds are of one hypothesis, decode and PnP, one thread."
     )
-    return first + "\n\n" + second + "\n"
+    parts = [first, second]
+    for count in about["hypotheses"]:
+        words = f"{count} hypothes{'i' if count == 1 else 'e'}s"
+        parts.append(_variants_table(words, str(count), report["variants"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _variants_table(words: str, count: str, variants: Mapping[str, Any]) -> str:
+    lines = []
+    for name, cut in variants.items():
+        part = cut[count]
+        low, high = (100 * value for value in part["gain_interval"])
+        gain = f"{100 * part['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(
+            [
+                name,
+                share(part["add_recall"]),
+                share((part["mssd"] + part["mspd"]) / 2),
+                "" if name == DEFAULT else gain,
+                number(part["rotation_deg"], 1),
+                number(part["translation_mm"], 1),
+                number(cut["milliseconds"], 1),
+            ]
+        )
+    head = [
+        words,
+        "ADD(-S) < 0.1 d",
+        "AR of MSSD, MSPD",
+        "points more than the default (95 %)",
+        "rotation, median deg",
+        "translation, median mm",
+        "ms",
+    ]
+    return table(head, lines)
 
 
 def section(text: str, command: str, machine: str) -> str:
@@ -507,7 +509,12 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, OpenCV {cv2.__version__}"
 
 
-def _write_section(path: Path, text: str) -> None:
+def _around(path: Path) -> tuple[str, str]:
+    """What stands before and after the section of a document.
+
+    Raises:
+        ConfigError: it can't be read or has no such section.
+    """
     try:
         document = path.read_text()
     except OSError as error:
@@ -516,7 +523,7 @@ def _write_section(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{path} has no section between {BEGIN} and {END}; put these two lines into it")
-    write_atomically(path, before + text + after)
+    return before, after
 
 
 # -- command -----------------------------------------------------------------------------------------------
@@ -551,6 +558,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out)
     if args.document is not None:
         check_writable(args.document)
+        _around(args.document)
     device = torch_device(args.device)
     model = load_model(args.preset, args.weights, device)
     onboarding = onboard(
@@ -600,7 +608,8 @@ def run(args: argparse.Namespace) -> int:
             f"picopose eval decode --meshes {args.meshes} --scenes {args.scenes} --perfect {args.perfect} "
             f"--seed {args.seed} --hypotheses {args.hypotheses} --out {args.out}"
         )
-        _write_section(args.document, section(text, command, machine()))
+        before, after = _around(args.document)  # as it is now: the study took its time
+        write_atomically(args.document, before + section(text, command, machine()) + after)
     print(text)
     for name, reason in sorted(onboarding.failed.items()):
         print(f"object '{name}' is left out: {reason}", file=sys.stderr)
