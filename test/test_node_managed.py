@@ -39,6 +39,7 @@ NODE = {
     "mesh_dir": "/nowhere",
     "qos_overrides./cell/labels.subscription.durability": "transient_local",
     "qos_overrides./cell/camera_info.subscription.reliability": "best_effort",
+    "qos_overrides./cell/segmentation.subscription.reliability": "reliable",
     "qos_overrides./cell/detections.publisher.durability": "transient_local",
 }
 CONNECTED = False
@@ -442,6 +443,51 @@ def test_qos_is_what_the_parameters_say(active: Client) -> None:
     name = "qos_overrides./cell/image.subscription.reliability"
     accepted, reason = active.set_parameter(name, "best_effort")
     assert not accepted and "read-only" in reason
+
+
+def test_a_qos_that_does_not_fit_is_told_of_either_side_as_long_as_it_lasts(
+    active: Client, node: NodeProcess, scene: Scene
+) -> None:
+    def problems(values: dict[str, str]) -> list[str]:
+        return [value for key, value in values.items() if key.startswith("problem_")]
+
+    context = Context()
+    rclpy.init(context=context, domain_id=node.domain)
+    stranger = rclpy.create_node("stranger", namespace=NAMESPACE, context=context)
+    try:
+        lossy = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        late = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        stranger.create_publisher(SegmentArray, "segmentation", lossy)
+        stranger.create_subscription(MarkerArray, "markers", lambda message: None, late)
+        stranger.create_subscription(Detection3DArray, "detections", lambda message: None, late)  # offered
+        values = active.diagnostic_values(
+            lambda v: len(problems(v)) == 2 == sum("/cell/stranger" in text for text in problems(v)),
+            "both problems",
+        )
+        publisher, subscriber = problems(values)
+        for words in (
+            "/cell/segmentation is published by /cell/stranger",
+            "offered is best_effort and volatile, asked for is reliable and volatile",
+            "qos_overrides./cell/segmentation.subscription.<policy>",
+        ):
+            assert words in publisher
+        for words in (
+            "/cell/stranger subscribes to /cell/markers",
+            "offered is reliable and volatile, asked for is reliable and transient_local",
+            "qos_overrides./cell/markers.publisher.<policy>",
+        ):
+            assert words in subscriber
+        status = active.diagnostics["/cell/picopose_node: pose estimation"]
+        assert status.level == DiagnosticStatus.WARN
+        node.wait_for_log(publisher)
+        node.wait_for_log(subscriber)
+        assert len(active.ask(scene).detections) == 3  # the others are heard all the same
+        active.diagnostic_values(lambda v: len(problems(v)) == 2, "another look")
+        assert node.log.count(publisher) == node.log.count(subscriber) == 1
+    finally:
+        stranger.destroy_node()
+        context.try_shutdown()
+    active.diagnostic_values(lambda v: not problems(v), "the problems to be gone")
 
 
 # What is for the eye.

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
@@ -17,6 +17,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 from std_srvs.srv import Trigger
@@ -49,6 +50,7 @@ from picopose_ros.node.parameters import (
     judge_parameters,
     read_parameters,
 )
+from picopose_ros.node.reader import StreamReader
 from picopose_ros.node.services import estimate_poses, reload_objects
 from picopose_ros.node.subscriptions import InputSubscription, OutputPublisher, reliability_is_given
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown, require_tf2_ros
@@ -109,6 +111,8 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         self._serving: set[str] = set()
         self._drops = DropLog(self.get_logger().warning)
         self._drops_reported = 0
+        self._problems: set[str] = set()
+        self._problems_told: set[str] = set()
         self._latencies = Latencies()
         self._rates = Rates()
         self._counts = PairingCounts()
@@ -131,6 +135,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         # What the executor's threads share with the transitions.
         self._stream = threading.RLock()
         self._inputs: list[InputSubscription] = []
+        self._reader: StreamReader | None = None
         self._pairing: StampPairing | None = None
         self._halves: HalfJoin | None = None
         # What the worker shares with the housekeeping.
@@ -329,7 +334,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         self._outputs["markers"].publish(clearing_markers(Header(stamp=self.get_clock().now().to_msg())))
         p = self._settings
         image_type = CompressedImage if p.image_transport == "compressed" else Image
-        kinds: list[tuple[str, type, Callable[[Any], None], int, str]] = [
+        kinds: list[tuple[str, type, Callable[[Any, Any], None], int, str]] = [
             ("image", image_type, self._on_image, IMAGE_DEPTH, p.image_reliability),
             ("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability),
         ]
@@ -347,6 +352,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         else:
             kind = Image if p.segmentation_input == "mask" else SegmentArray
             kinds.append(("segmentation", kind, self._on_segmentation, SEGMENTATION_DEPTH, "auto"))
+        self._reader = StreamReader(self.context, self._input_subscriptions, self._on_crash)
         for name, message_type, callback, depth, reliability in kinds:
             topic = self._topics[name]
             if topic not in self._reliability_given:
@@ -362,6 +368,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             )
             with self._stream:
                 self._inputs.append(subscription)
+        self._reader.start()
         self.get_logger().info(
             f"picopose_node ready: {self._loaded}; listening to "
             f"{', '.join(one.topic for one in self._inputs)}"
@@ -401,7 +408,14 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         LifecycleNodeMixin.on_shutdown(self, state)
         self._release()
 
+    def _input_subscriptions(self) -> list[Subscription]:
+        with self._stream:
+            return [one.subscription for one in self._inputs]
+
     def _stop_listening(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader = None
         with self._stream:
             for subscription in self._inputs:
                 subscription.destroy()
@@ -485,23 +499,32 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             self._painter.close()
             self._painter = None
 
-    # On the executor: receive, pair, look after things.
+    # On the reader's thread: receive and pair. The housekeeping is the executor's.
 
-    def _on_image(self, message: Image | CompressedImage) -> None:
+    def _on_image(self, message: Image | CompressedImage, info: Mapping[str, Any]) -> None:
         self._pair(lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
 
-    def _on_camera_info(self, message: CameraInfo) -> None:
+    def _on_camera_info(self, message: CameraInfo, info: Mapping[str, Any]) -> None:
         self._pair(lambda pairing, stamp, now: pairing.add_camera_info(stamp, message, now), message)
 
-    def _on_segmentation(self, message: SegmentArray | Image) -> None:
+    def _on_segmentation(self, message: SegmentArray | Image, info: Mapping[str, Any]) -> None:
+        self._note_receipt(info)
         self._pair(lambda pairing, stamp, now: pairing.add_segmentation(stamp, message, now), message)
 
-    def _on_half(self, half: int, message: Detection2DArray | Image) -> None:
+    def _on_half(self, half: int, message: Detection2DArray | Image, info: Mapping[str, Any]) -> None:
+        self._note_receipt(info)
+
         def add(pairing: StampPairing, stamp: int, now: float) -> list[Pair]:
             both = self._halves.add(half, stamp, message, now)
             return [] if both is None else pairing.add_segmentation(stamp, both, now)
 
         self._pair(add, message)
+
+    def _note_receipt(self, info: Mapping[str, Any]) -> None:
+        """How long a segmentation lay between the middleware and this node."""
+        received = info["received_timestamp"]
+        if received:  # not every middleware tells; the clock may have been set meanwhile
+            self._latencies.record({"receive": max(time.time_ns() - received, 0) / 1e6})
 
     def _pair(self, add: Callable[[StampPairing, int, float], list[Pair]], message: Any) -> None:
         with self._stream:
@@ -527,8 +550,8 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         with self._stream:
             if not self._inputs:
                 return
-            for subscription in self._inputs:
-                subscription.adapt()
+            if any([subscription.adapt() for subscription in self._inputs]):
+                self._reader.wake()
             now = time.monotonic()
             if self._halves is not None:
                 self._halves.expire(now)
@@ -562,7 +585,8 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         device = engine.device if engine is not None else "none"
         details |= memory_use(device)
         with self._stream:
-            problems = [one.problem() for one in (*self._inputs, *self._outputs.values())]
+            ends = (*self._inputs, *self._outputs.values(), self._diagnostics)
+            problems = list(dict.fromkeys(problem for one in ends for problem in one.problems()))
             details |= {f"publishers_{one.topic}": str(one.publishers) for one in self._inputs}
             counts = {
                 "images_received": self._counts.images,
@@ -589,8 +613,13 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             latencies=self._latencies.summary(),
             details=details,
             failure=self._failure,
-            problems=[problem for problem in problems if problem],
+            problems=problems,
         )
+        # What is there for a moment only, as while a publisher comes up, is not worth a line.
+        lasting = set(problems) & self._problems
+        for problem in sorted(lasting - self._problems_told):
+            self.get_logger().warning(problem)
+        self._problems, self._problems_told = set(problems), lasting
         self._drops_reported = dropped
         self._diagnostics.publish(diagnostics_message(status, self.get_clock().now().to_msg()))
 

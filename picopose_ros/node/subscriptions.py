@@ -7,24 +7,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from rcl_interfaces.msg import ParameterDescriptor
-from rclpy.callback_groups import CallbackGroup
+from rclpy.duration import Duration, Infinite
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.lifecycle import LifecycleNode
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import (
+    LivelinessPolicy,
     QoSCompatibility,
     QoSPolicyKind,
     QoSProfile,
     ReliabilityPolicy,
     qos_check_compatible,
-    qos_policy_name_from_kind,
 )
 from rclpy.qos_overriding_options import InvalidQosOverridesError, QoSOverridingOptions
 from rclpy.subscription import Subscription
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.node.reader import NotForExecutors
 
 POLICIES = (
     QoSPolicyKind.HISTORY,
@@ -33,6 +35,9 @@ POLICIES = (
     QoSPolicyKind.DURABILITY,
 )
 """What ``qos_overrides.<topic>.<publisher|subscription>.<policy>`` parameters may change."""
+
+
+_UNKNOWN = "_NODE_NAME_UNKNOWN_"
 
 
 def reliability_is_given(node: Node, topic: str) -> bool:
@@ -69,11 +74,13 @@ class InputSubscription:
         node: owner.
         message_type: of the topic.
         topic: name, remapped as usual.
-        callback: called with each message.
+        callback: called with each message and its `MessageInfo`, by whoever reads :attr:`subscription`.
         depth: messages that may queue up.
         reliability: see above.
         given: a parameter decides over the reliability, see :func:`reliability_is_given`.
-        group: in which callbacks run.
+
+    Attributes:
+        subscription: rclpy's; another one after :meth:`adapt`. The node's executor leaves it alone.
 
     Raises:
         ConfigError: a QoS override that can't be used.
@@ -84,67 +91,71 @@ class InputSubscription:
         node: Node,
         message_type: type,
         topic: str,
-        callback: Callable[[Any], None],
+        callback: Callable[[Any, Any], None],
         depth: int,
         reliability: str,
         given: bool = False,
-        group: CallbackGroup | None = None,
     ) -> None:
         self._node = node
         self._message_type = message_type
         self._topic = topic
         self._callback = callback
-        self._group = group
-        self._mismatch = ""
-        self._to_adapt = False
         self._automatic = reliability == "auto" and not given
         start = ReliabilityPolicy.BEST_EFFORT if reliability == "best_effort" else ReliabilityPolicy.RELIABLE
         self._qos = QoSProfile(depth=depth, reliability=start)
         with _overrides(node.resolve_topic_name(topic)) as options:
             # The profile is changed in place to what the parameters say.
-            self._subscription = self._create(options)
+            self.subscription = self._create(options)
 
     @property
     def topic(self) -> str:
         """Full name of the topic, after remapping."""
-        return self._subscription.topic_name
+        return self.subscription.topic_name
 
     @property
     def publishers(self) -> int:
         """How many publishers the topic has."""
         return self._node.count_publishers(self.topic)
 
-    def adapt(self) -> None:
-        """Turn to best effort if a publisher needs it; not to be called from the subscription's callbacks."""
-        if not self._to_adapt:
-            return
-        self._to_adapt = self._automatic = False
-        self._node.destroy_subscription(self._subscription)
+    def adapt(self) -> bool:
+        """Turn to best effort if a publisher needs it; whether that was done. To be called now and then."""
+        if not self._automatic or not any(
+            publisher.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT
+            for publisher in self._node.get_publishers_info_by_topic(self.topic)
+        ):
+            return False
+        self._automatic = False
+        self._node.destroy_subscription(self.subscription)
         self._qos.reliability = ReliabilityPolicy.BEST_EFFORT
-        self._subscription = self._create(None)
+        self.subscription = self._create(None)
         self._node.get_logger().info(
             f"{self.topic} is published best effort: subscribing best effort too (large messages may be lost)"
         )
+        return True
 
-    def problem(self) -> str:
-        """What keeps messages of a publisher that is there from coming; empty if nothing does."""
+    def problems(self) -> list[str]:
+        """What keeps messages of publishers that are there from coming; empty if nothing does."""
         own = self._message_type.__module__.split(".")[0] + "/msg/" + self._message_type.__name__
+        problems = []
         for publisher in self._node.get_publishers_info_by_topic(self.topic):
-            by = f"{self.topic} is published by {publisher.node_namespace.rstrip('/')}/{publisher.node_name}"
+            by = f"{self.topic} is published by {_name(publisher)}"
+            offered = publisher.qos_profile
+            if self._automatic and offered.reliability == ReliabilityPolicy.BEST_EFFORT:
+                continue  # soon adapted to
             if publisher.topic_type != own:
-                return f"{by} as {publisher.topic_type}, but this node takes {own}: remap one of the two"
-            fits, reason = qos_check_compatible(publisher.qos_profile, self._qos)
-            if fits is QoSCompatibility.ERROR and not self._automatic:
-                return (
-                    f"{by} with a QoS that doesn't fit ({reason.strip() or self._mismatch}): change it "
+                problems.append(
+                    f"{by} as {publisher.topic_type}, but this node takes {own}: remap one of the two"
+                )
+            elif mismatch := _mismatch(offered, self._qos):
+                problems.append(
+                    f"{by} with a QoS that doesn't fit, so nothing of it is heard: {mismatch}: change it "
                     f"there, or here with qos_overrides.{self.topic}.subscription.<policy>"
                 )
-        self._mismatch = ""
-        return ""
+        return problems
 
     def destroy(self) -> None:
         """Stop listening."""
-        self._node.destroy_subscription(self._subscription)
+        self._node.destroy_subscription(self.subscription)
 
     def _create(self, options: QoSOverridingOptions | None) -> Subscription:
         return self._node.create_subscription(
@@ -152,21 +163,10 @@ class InputSubscription:
             self._topic,
             self._callback,
             self._qos,
-            callback_group=self._group,
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=self._on_incompatible),
+            callback_group=NotForExecutors(),
+            event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
             qos_overriding_options=options,
         )
-
-    def _on_incompatible(self, event: Any) -> None:
-        policy = qos_policy_name_from_kind(event.last_policy_kind)
-        if self._automatic and event.last_policy_kind == QoSPolicyKind.RELIABILITY:
-            self._to_adapt = True
-        elif not self._mismatch:
-            self._mismatch = policy
-            self._node.get_logger().warning(
-                self.problem()
-                or f"{self.topic} has a publisher whose QoS doesn't fit ({policy}): nothing comes from it"
-            )
 
 
 class OutputPublisher:
@@ -187,7 +187,6 @@ class OutputPublisher:
         self, node: LifecycleNode, message_type: type, topic: str, depth: int, managed: bool = True
     ) -> None:
         self._node = node
-        self._mismatch = ""
         self._qos = QoSProfile(depth=depth)
         with _overrides(node.resolve_topic_name(topic)) as options:
             create = node.create_lifecycle_publisher if managed else node.create_publisher
@@ -195,7 +194,7 @@ class OutputPublisher:
                 message_type,
                 topic,
                 self._qos,
-                event_callbacks=PublisherEventCallbacks(incompatible_qos=self._on_incompatible),
+                event_callbacks=PublisherEventCallbacks(use_default_callbacks=False),
                 qos_overriding_options=options,
             )
 
@@ -217,26 +216,55 @@ class OutputPublisher:
         """Leave the topic."""
         self._node.destroy_lifecycle_publisher(self._publisher)
 
-    def problem(self) -> str:
-        """Who listens in vain, if anybody does."""
-        if self._mismatch:
-            for subscriber in self._node.get_subscriptions_info_by_topic(self.topic):
-                fits, reason = qos_check_compatible(self._qos, subscriber.qos_profile)
-                if fits is QoSCompatibility.ERROR:
-                    name = f"{subscriber.node_namespace.rstrip('/')}/{subscriber.node_name}"
-                    return (
-                        f"{name} subscribes to {self.topic} with a QoS that isn't offered "
-                        f"({reason.strip() or self._mismatch}) and hears nothing: change it there, or here "
-                        f"with qos_overrides.{self.topic}.publisher.<policy>"
-                    )
-            self._mismatch = ""
-        return ""
+    def problems(self) -> list[str]:
+        """Who listens in vain; empty if nobody does."""
+        return [
+            f"{_name(subscriber)} subscribes to {self.topic} with a QoS that isn't offered, so it hears "
+            f"nothing: {mismatch}: change it there, or here with "
+            f"qos_overrides.{self.topic}.publisher.<policy>"
+            for subscriber in self._node.get_subscriptions_info_by_topic(self.topic)
+            if (mismatch := _mismatch(self._qos, subscriber.qos_profile))
+        ]
 
-    def _on_incompatible(self, event: Any) -> None:
-        told = bool(self._mismatch)
-        self._mismatch = qos_policy_name_from_kind(event.last_policy_kind)
-        if not told:
-            self._node.get_logger().warning(
-                self.problem()
-                or f"a subscriber of {self.topic} asks for a QoS that isn't offered ({self._mismatch})"
-            )
+
+# The graph is looked at, not the middleware's events: those come once, and some name no policy.
+
+
+def _mismatch(offered: QoSProfile, asked: QoSProfile) -> str:
+    """Why a publisher's messages don't reach a subscription; empty if they do."""
+    fits, reason = qos_check_compatible(_explicit(offered), _explicit(asked))
+    if fits != QoSCompatibility.ERROR:  # not `is`: the binding makes a new one each time
+        return ""
+    reason = ", ".join(part.strip() for part in reason.replace("ERROR:", "").split(";") if part.strip())
+    return f"offered is {_policies(offered)}, asked for is {_policies(asked)} ({reason})"
+
+
+def _explicit(qos: QoSProfile) -> QoSProfile:
+    """The profile with what it leaves to the middleware filled in, as the graph tells of it.
+
+    Else two that are the same would seem to differ.
+    """
+    unset = Duration()
+    return QoSProfile(
+        history=qos.history,
+        depth=qos.depth,
+        reliability=qos.reliability,
+        durability=qos.durability,
+        deadline=Infinite if qos.deadline == unset else qos.deadline,
+        liveliness=LivelinessPolicy.AUTOMATIC
+        if qos.liveliness == LivelinessPolicy.SYSTEM_DEFAULT
+        else qos.liveliness,
+        liveliness_lease_duration=Infinite
+        if qos.liveliness_lease_duration == unset
+        else qos.liveliness_lease_duration,
+    )
+
+
+def _policies(qos: QoSProfile) -> str:
+    return f"{qos.reliability.name.lower()} and {qos.durability.name.lower()}"
+
+
+def _name(endpoint: TopicEndpointInfo) -> str:
+    if endpoint.node_name == _UNKNOWN:  # just discovered, or no ROS node at all
+        return "a node without a name yet"
+    return f"{endpoint.node_namespace.rstrip('/')}/{endpoint.node_name}"
