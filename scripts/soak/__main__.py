@@ -46,6 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--malformed", type=int, default=1000, help="malformed messages (1000)")
     parser.add_argument("--seed", type=int, default=7, help="of the malformed messages (7)")
     parser.add_argument("--asks", type=int, default=60, help="frames for the latency (60)")
+    parser.add_argument(
+        "--latency-only", action="store_true", help="the latency alone, of a node that is just started"
+    )
     parser.add_argument("--frames", type=int, default=20, help="different images of the demo's world (20)")
     parser.add_argument("--meshes", type=Path, help="other meshes than the demo's, with --recording")
     parser.add_argument(
@@ -100,14 +103,15 @@ def main(argv: list[str]) -> int:
     try:
         seconds = soak.start_node()
         soak.tell("node ready, objects onboarded", f"{seconds:.1f} s")
-        phases.load(soak, args.duration)
-        phases.publisher_dies(soak)
-        phases.listener_dies(soak)
-        phases.reader_stalls(soak, max(args.asks // 6, 2))
-        phases.malformed(soak, args.malformed, args.seed)
-        soak.news()
-        phases.exceptions(soak)
-        phases.node_dies(soak)
+        if not args.latency_only:
+            phases.load(soak, args.duration)
+            phases.publisher_dies(soak)
+            phases.listener_dies(soak)
+            phases.reader_stalls(soak, max(args.asks // 6, 2))
+            phases.malformed(soak, args.malformed, args.seed)
+            soak.news()
+            phases.exceptions(soak)
+            phases.node_dies(soak)
         phases.latency(soak, args.asks)
         phases.exceptions(soak)
     except phases.SoakError as error:

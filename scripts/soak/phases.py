@@ -26,6 +26,9 @@ WARM_UP = 60.0
 
 GROWTH_BAR = 0.01
 LATENCY_BAR_MS = 10.0
+LAYER = ("receive", "queue", "decode", "publish")
+"""What the ROS layer adds: executor, pairing and hand-over, decoding; messages and their publication."""
+
 PER_GOOD = 10
 """Malformed messages around one good frame."""
 
@@ -58,9 +61,11 @@ class Soak:
     peers: list[Peer] = field(default_factory=list)
     _next_view: Iterator[View] | None = None
 
-    def tell(self, what: str, found: str, bar: str = "", passed: bool | None = None) -> None:
+    def tell(
+        self, what: str, found: str, bar: str = "", passed: bool | None = None, value: float | None = None
+    ) -> None:
         """Note a finding and print it."""
-        self.checks.append(Check(what, found, bar, passed))
+        self.checks.append(Check(what, found, bar, passed, value))
         verdict = {None: "", True: "  ok", False: "  FAILED"}[passed]
         print(f"  {what}: {found}{f' (bar: {bar})' if bar else ''}{verdict}", flush=True)
 
@@ -130,7 +135,7 @@ def load(soak: Soak, duration: float) -> None:
         memory.append((now, soak.node.resident_bytes()))
         client.wait_for(lambda: False, min(1.0, max(duration - now, 0.05)))
     soak.news()
-    busy = {stage: client.latency(stage) for stage in ("queue", "decode", "publish")}
+    busy = {stage: client.latency(stage) for stage in LAYER}
     publisher.stop()
     sent = publisher.new_stamps
 
@@ -338,21 +343,24 @@ def latency(soak: Soak, asks: int) -> None:
     soak.news()
     publisher.stop()
     client = soak.client
-    stages = {stage: client.latency(stage) for stage in ("queue", "decode", "publish")}
+    stages = {stage: client.latency(stage) for stage in LAYER}
     if None in stages.values() or None in times:
         soak.tell(
             "latency added by the ROS layer", "not told by the diagnostics", f"< {LATENCY_BAR_MS:g} ms", False
         )
         return
-    before, after = stages["queue"] + stages["decode"], stages["publish"]
-    soak.tell("receipt of a segmentation to start of inference, median", f"{before:.1f} ms")
-    soak.tell("end of inference to publication, median", f"{after:.1f} ms")
-    added = before + after
+    added = sum(stages.values())
+    before, after = added - stages["publish"], stages["publish"]
+    parts = ", ".join(f"{stage} {stages[stage]:.1f}" for stage in LAYER[:-1])
+    start, end = f"{before:.1f} ms ({parts})", f"{after:.1f} ms"
+    soak.tell("receipt of a segmentation to start of inference, median", start, value=before)
+    soak.tell("end of inference to publication, median", end, value=after)
     soak.tell(
         "latency added by the ROS layer, median",
         f"{added:.1f} ms",
         f"< {LATENCY_BAR_MS:g} ms",
         added < LATENCY_BAR_MS,
+        added,
     )
     soak.tell("frame sent to answer received, median", f"{median(times):.0f} ms over {asks} frames")
 

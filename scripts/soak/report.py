@@ -23,12 +23,14 @@ class Check:
         found: the figure.
         bar: what it should be; empty where it is only told.
         passed: None where nothing is judged.
+        value: the figure for programs, in the unit that ``found`` names; None where it is not one number.
     """
 
     what: str
     found: str
     bar: str = ""
     passed: bool | None = None
+    value: float | None = None
 
 
 def machine() -> str:
