@@ -144,6 +144,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how correspondences become a pose; reference: as the released code (%(default)s)",
     )
     parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default=EstimatorSettings().precision,
+        help="what the network computes in (%(default)s); the released code: fp32",
+    )
+    parser.add_argument(
         "--score",
         choices=("detection", "pose"),
         default="detection",
@@ -180,7 +186,9 @@ def run(args: argparse.Namespace) -> int:
     if not images:
         raise DatasetError(f"{dataset.targets_path}: asks for nothing")
     check_objects(dataset)
-    settings = EstimatorSettings(args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS)
+    settings = EstimatorSettings(
+        args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS, precision=args.precision
+    )
     preset = args.preset or preset_of(args.weights)
     model = load_model(preset, args.weights, torch_device(device))
     about = {
