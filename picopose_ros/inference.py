@@ -20,6 +20,7 @@ from picopose_ros.model import PicoPose
 from picopose_ros.model.config import GRIDS
 from picopose_ros.model.fast import FastStages, Prepared, Refining, Schedule
 from picopose_ros.model.matching import patch_mask
+from picopose_ros.model.offsets import grid_positions
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank
 
@@ -181,9 +182,10 @@ class Network:
             descriptors: (C, 256) the query's, of :meth:`encode`.
         """
         class_id = query.bank.class_id
+        cells = self._upload(np.flatnonzero(_patches(query.mask[None])))
         return self._model.agreement(
-            descriptors.float(),
-            self._upload(_patches(query.mask[None]))[0],
+            descriptors.float()[:, cells],
+            cells,
             self._descriptors[class_id][templates],
             self._patches[class_id][templates],
         )
@@ -414,8 +416,22 @@ def _promising(
 
 
 def _promise(state: Refining) -> Tensor:
-    """(B,) how well a hypothesis seems to go: the certainty it has gathered."""
-    return state.certainty.float().sigmoid().sum((1, 2, 3))
+    """(B,) how well a hypothesis seems to go: how many of its cells are certain and move as one affine says.
+
+    Certainty alone grows with wrong hypotheses too; on the grid before the last, this finds the later best
+    of five among its first two in three cases of four.
+    """
+    n = state.flow.shape[-1]
+    weight = state.certainty.float().sigmoid().flatten(1)
+    grid = grid_positions(n, weight)
+    target = (grid + state.flow.float()).flatten(2).transpose(1, 2)
+    source = torch.cat([grid.flatten(1), torch.ones_like(grid[:1]).flatten(1)]).T
+    weighted = source.T * weight[:, None]
+    # A little of the identity: no certain cell, no fit, no error.
+    normal = weighted @ source + 1e-3 * torch.eye(3, device=source.device)
+    fit = torch.linalg.solve_ex(normal, weighted @ target).result
+    off = (target - source @ fit).abs().sum(2)
+    return (weight / (1 + off.square())).sum(1)
 
 
 T = TypeVar("T")
