@@ -65,22 +65,18 @@ def patch_centres(like: Tensor) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
-def fit_matches(similarity: Tensor, inside: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The similarity transform that most template patches' best matches agree on.
+def fit_matches(target: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The similarity transform that most template patches' matches agree on.
 
     Iteratively reweighted least squares with a redescending weight that tightens round by round, so that
     many matches may be wrong.
 
     Args:
-        similarity: (B, 256, 256) of template patch and query patch, far below -1 outside the query's mask.
-        inside: (B, 256) the template's mask in {0, 1}. temperature: of the softmax over query patches.
+        target: (B, 256, 2) crop px (x, y) of each template patch's match. confidence: (B, 256) in 0..1.
     Returns:
-        Linear part (B, 2, 2) and shift (B, 2), crop px; weight (B, 256) of each patch in the last fit, 0..1.
+        Linear part (B, 2, 2) and shift (B, 2), crop px; weight (B, 256) of each patch in the last fit.
     """
-    pixels = patch_centres(similarity)
-    # Sharper than the probabilities: a match counts by how much better it is than its rivals.
-    confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
-    source, target = pixels.expand(len(similarity), -1, -1), pixels[similarity.argmax(2)]
+    source = patch_centres(target).expand(len(target), -1, -1)
     weight = confidence
     linear, shift = _fit_similarity(source, target, weight)
     for scale_px in _FIT_SCALES_PX:
@@ -101,7 +97,7 @@ def soft_correspondence_map(
 ) -> tuple[Tensor, Anchor]:
     """Where each template patch goes, and the similarity transform that most of them agree on.
 
-    The anchor is :func:`fit_matches`.
+    The anchor is what :func:`fit_matches` finds in every template patch's best match.
 
     Args:
         query: (B, C, 256) unit vectors. template: (B, C, 256). query_mask, template_mask: (B, 16, 16).
@@ -118,8 +114,10 @@ def soft_correspondence_map(
     probability = (similarity / temperature).softmax(2) * inside[..., None]
     pixels = patch_centres(query)
 
-    linear, shift, weight = fit_matches(similarity, inside, temperature)
+    # Sharper than the probabilities: a match counts by how much better it is than its rivals.
+    confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
     source, target = pixels.expand(len(query), -1, -1), pixels[similarity.argmax(2)]
+    linear, shift, weight = fit_matches(target, confidence)
     residual = target - source @ linear.transpose(1, 2) - shift[:, None]
 
     size = linear[:, :, 0].norm(dim=1)

@@ -12,7 +12,7 @@ _SCALE_PX = 15.0
 
 
 def match_agreement(
-    query: Tensor, query_mask: Tensor, bank: Tensor, bank_mask: Tensor, temperature: Tensor
+    query: Tensor, cells: Tensor, bank: Tensor, bank_mask: Tensor, temperature: Tensor
 ) -> Tensor:
     """How much of a crop a similarity transform of each template explains.
 
@@ -22,18 +22,22 @@ def match_agreement(
     paper.
 
     Args:
-        query: (C, 256) unit vectors of one crop. query_mask: (256,) in {0, 1}.
+        query: (C, k) unit vectors of a crop's foreground patches. cells: (k,) which of the 256 they are.
         bank: (N, C, 256) unit vectors of templates. bank_mask: (N, 256) in {0, 1}.
         temperature: of the softmax over patch similarities.
     Returns:
-        (N,) in 0..1, mean over the crop's foreground patches.
+        (N,) in 0..1, mean over the crop's foreground patches; 0 where there are none.
     """
-    similarity = torch.einsum("ncs,ct->nst", bank.to(query.dtype), query).float()
-    seen = similarity.masked_fill(query_mask == 0, -1e4)
-    linear, shift, _ = fit_matches(seen, bank_mask, temperature)
-    best = similarity.masked_fill(bank_mask[:, :, None] == 0, -1.0).argmax(1)
+    if len(cells) == 0:
+        return query.new_zeros(len(bank), dtype=torch.float32)
+    similarity = torch.bmm(bank.to(query.dtype).transpose(1, 2), query.expand(len(bank), -1, -1)).float()
+    best = similarity.amax(2, keepdim=True)
+    # Stage 2's confidence: the largest of the softmax, squared.
+    confidence = ((similarity - best) * (2 / temperature)).exp_().sum(2).reciprocal_().square_() * bank_mask
     pixels = patch_centres(query)
+    own = pixels[cells]
+    linear, shift, _ = fit_matches(own[similarity.argmax(2)], confidence)
+    matched = similarity.masked_fill_(bank_mask[:, :, None] == 0, -1.0).argmax(1)
     moved = pixels @ linear.transpose(1, 2) + shift[:, None]
-    squared = (moved.gather(1, best[..., None].expand(-1, -1, 2)) - pixels).square().sum(2)
-    near = (_SCALE_PX**2 / (_SCALE_PX**2 + squared)).square() * query_mask
-    return near.sum(1) / query_mask.sum().clamp(min=1)
+    squared = (moved.gather(1, matched[..., None].expand(-1, -1, 2)) - own).square().sum(2)
+    return (_SCALE_PX**2 / (_SCALE_PX**2 + squared)).square().mean(1)

@@ -128,20 +128,16 @@ class PicoPose(nn.Module):
         """Whether stage 2 fits a motion to matches, so that :meth:`agreement` can be asked."""
         return self.config.affine.input == "softmax"
 
-    def agreement(
-        self, query: Tensor, query_patches: Tensor, bank: Tensor, bank_patches: Tensor
-    ) -> Tensor:
+    def agreement(self, query: Tensor, cells: Tensor, bank: Tensor, bank_patches: Tensor) -> Tensor:
         """How well the matches with each template agree on one motion, see `match_agreement`.
 
         Args:
-            query: (C, 256) descriptors of one crop. query_patches: (16, 16) its patch mask.
+            query: (C, k) descriptors of a crop's foreground patches. cells: (k,) which of the 256 they are.
             bank: (N, C, 256) descriptors of templates. bank_patches: (N, 16, 16) their patch masks.
         Returns:
             (N,) in 0..1.
         """
-        return match_agreement(
-            query, query_patches.flatten(), bank, bank_patches.flatten(1), self.temperature
-        )
+        return match_agreement(query, cells, bank, bank_patches.flatten(1), self.temperature)
 
     def correspond(
         self,
