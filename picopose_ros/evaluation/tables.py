@@ -23,7 +23,6 @@ from scipy.ndimage import map_coordinates
 from tqdm import tqdm
 
 from picopose_ros import __version__
-from picopose_ros.cli.options import add_network_arguments, positive
 from picopose_ros.cnos import Problems
 from picopose_ros.errors import CameraError, ConfigError, DatasetError, ImageError
 from picopose_ros.estimator import (
@@ -40,7 +39,7 @@ from picopose_ros.evaluation.bop.journal import ImageRecord, Journal
 from picopose_ros.evaluation.bop.results import BopRow, parse_row, write_results
 from picopose_ros.evaluation.bop.run import (
     MIN_MASK_PIXELS,
-    add_dataset_arguments,
+    add_estimation_arguments,
     check_objects,
     load_bop_estimator,
 )
@@ -348,9 +347,9 @@ def markdown(report: Mapping[str, Any], paper: Mapping[str, Any] | None = None) 
     known = [count for count in TEMPLATE_COUNTS if templates(count) in variants]
     parts = [
         f"`{name}`, {about['images']} images, {variants[first]['targets']} instances; preset "
-        f"`{about['preset']}`, weights `{about['weights'][:16]}`, {about['viewpoints']} templates, scored "
-        f"by: {about['implementation']}. Recalls are shares of all instances; what got no pose counts as "
-        "wrong.",
+        f"`{about['preset']}`, weights `{about['weights'][:16]}`, {about['viewpoints']} templates, "
+        f"{about['estimator']['decode']} decode, scored by: {about['implementation']}. Recalls are "
+        "shares of all instances; what got no pose counts as wrong.",
         section(
             "Table I: hypotheses",
             "What `picopose eval bop` writes with so many hypotheses.",
@@ -408,14 +407,7 @@ def markdown(report: Mapping[str, Any], paper: Mapping[str, Any] | None = None) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    add_dataset_arguments(parser)
-    parser.add_argument(
-        "--detections", type=Path, required=True, metavar="CNOS.json", help="what CNOS found in its images"
-    )
-    parser.add_argument("--preset", help="size of the network; by default the one the weights are made for")
-    add_network_arguments(parser)
-    parser.add_argument("--hypotheses", type=positive, default=5, help="of Tables I and VIII (5)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    add_estimation_arguments(parser)
     parser.add_argument(
         "--implementation",
         choices=IMPLEMENTATIONS,
@@ -451,7 +443,9 @@ def run(args: argparse.Namespace) -> int:
     if not images:
         raise DatasetError(f"{dataset.targets_path}: asks for nothing")
     check_objects(dataset)
-    settings = EstimatorSettings(args.hypotheses, min_mask_pixels=MIN_MASK_PIXELS)
+    settings = EstimatorSettings(
+        args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS, precision=args.precision
+    )
     preset = args.preset or preset_of(args.weights)
     model = load_model(preset, args.weights, torch_device(args.device))
     about: dict[str, Any] = {

@@ -130,6 +130,23 @@ def estimate_image(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``picopose eval bop``."""
+    add_estimation_arguments(parser)
+    parser.add_argument(
+        "--score",
+        choices=("detection", "pose"),
+        default="detection",
+        help="the rows' score: the detection's, as the released code has it (default), or the pose's",
+    )
+    parser.add_argument(
+        "--cap", type=positive, metavar="N", help="at most N poses per object and image; else all asked for"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the csv and of what is done so far"
+    )
+
+
+def add_estimation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is estimated, and how."""
     add_dataset_arguments(parser)
     parser.add_argument(
         "--detections", type=Path, required=True, metavar="CNOS.json", help="what CNOS found in its images"
@@ -149,19 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=EstimatorSettings().precision,
         help="what the network computes in (%(default)s); the released code: fp32",
     )
-    parser.add_argument(
-        "--score",
-        choices=("detection", "pose"),
-        default="detection",
-        help="the rows' score: the detection's, as the released code has it (default), or the pose's",
-    )
-    parser.add_argument(
-        "--cap", type=positive, metavar="N", help="at most N poses per object and image; else all asked for"
-    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the csv and of what is done so far"
-    )
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
