@@ -75,7 +75,7 @@ class EstimatorSettings:
             the network's errors scale with; ``reference`` always takes 2 image pixels.
         ransac_iterations: most RANSAC draws; ``reference`` always takes 150.
         correlated_pairs: so many pairs err together and count as one measurement in the covariance; measured
-            with the tiny preset on the demo's frames, depth bias included.
+            with the tiny preset on the demo and on synthetic scenes (docs/poses.md), depth bias included.
         min_mask_pixels: segments with fewer visible pixels are skipped.
         rerank: so many of the best matching templates are put in order by how well their matches agree on
             one motion (`match_agreement`) before the hypotheses are taken; 0: by the match alone, as in the
@@ -94,7 +94,7 @@ class EstimatorSettings:
     decode: DecodeMode = "subpixel"
     ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000
-    correlated_pairs: float = 2000.0
+    correlated_pairs: float = 780.0
     rerank: int = 64
     second_look: bool = False
     min_mask_pixels: int = 32
