@@ -87,6 +87,8 @@ class EstimatorSettings:
         precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         prune: so many hypotheses of a segment go through the last grid, the ones that promise most after the
             grids before; 0: all of them.
+        compile: a backend of `torch.compile` (``inductor``, ``cudagraphs``) for the network, or "" for none.
+            Batches are filled up to the sizes that :meth:`PoseEstimator.warm_up` compiles in minutes.
         keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
     """
 
@@ -102,6 +104,7 @@ class EstimatorSettings:
     template_cache_mb: int = 512
     precision: Precision = "auto"
     prune: int = 0
+    compile: str = ""
     keep_background: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +118,9 @@ class EstimatorSettings:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must not be negative")
         resolve_precision(self.precision, torch.device("cpu"))
+        if self.compile and self.compile not in torch._dynamo.list_backends(()):
+            known = ", ".join(torch._dynamo.list_backends())
+            raise ConfigError(f"compile is '{self.compile}', choose one of {known}, or '' for none")
         if self.decode not in ("reference", "subpixel"):
             raise ConfigError(f"decode is '{self.decode}', choose 'subpixel' or 'reference'")
 
@@ -286,7 +292,12 @@ class PoseEstimator:
             settings.template_cache_mb * 2**20,
             settings.precision,
             self._schedule,
+            settings.compile,
         )
+
+    def warm_up(self) -> None:
+        """Make what is made when it is first needed: from now on estimates take their usual time."""
+        self._network.warm_up()
 
     def with_banks(
         self, banks: Mapping[str, TemplateBank], aliases: Mapping[str, str] | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar, get_args
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -113,6 +114,7 @@ class Network:
         cache_bytes: int = 2**29,
         precision: Precision = "auto",
         schedule: Schedule | None = None,
+        compile: str = "",
     ) -> None:
         """Bring banks to the device.
 
@@ -121,6 +123,7 @@ class Network:
             max_batch: most crops or pairs that go through the network at once.
             cache_bytes: for templates that were hypotheses lately.
             precision: see `resolve_precision`. schedule: what is done to be fast; everything if None.
+            compile: a backend of `torch.compile` for what a segment, a template and a pair need; "" for none.
         """
         self.device = device
         self.dtype = resolve_precision(precision, device)
@@ -128,6 +131,16 @@ class Network:
         self._stages: FastStages = model.fast(schedule)
         self._max_batch = max_batch
         self._max_pairs = min(max_batch, self._stages.pairs_at_once)
+        self._compiles = bool(compile)
+        stages = self._stages
+        self._crops: Callable[[Tensor], Prepared] = lambda crops: stages.query(stages.encode(crops))
+        self._template_parts = stages.parts
+        # One function per grid: a compiler keeps few versions of each.
+        self._refine = [partial(stages.refine, level) for level in range(len(GRIDS))]
+        if compile:
+            self._crops = _Compiled(self._crops, compile)
+            self._template_parts = _Compiled(self._template_parts, compile)
+            self._refine = [_Compiled(function, compile) for function in self._refine]
         self._banks: dict[str, TemplateBank] = {}
         self._descriptors: dict[str, Tensor] = {}
         self._patches: dict[str, Tensor] = {}
@@ -157,8 +170,38 @@ class Network:
         """What all stages need of the queries, in their order."""
         crops = self._upload(np.stack([query.crop for query in queries]))
         with self._autocast():
-            parts = [self._stages.query(self._stages.encode(p)) for p in crops.split(self._max_batch)]
+            return self._prepared(crops)
+
+    def warm_up(self) -> None:
+        """Run every size of batch once: nothing is compiled or allocated any more when it matters."""
+        bank = next(iter(self._banks.values()))
+        mask = np.ones((CROP_SIZE, CROP_SIZE), np.uint8)
+        crop = np.zeros((3, CROP_SIZE, CROP_SIZE), np.float32)
+        query = Query(0, Segment(bank.class_id, 1.0, mask), bank, np.eye(3), crop, mask)
+        first = 0
+        with torch.inference_mode():
+            for size in sorted({*_sizes(self._max_batch), *_sizes(self._max_pairs)}):
+                encoded = self.encode([query] * size)
+                if size <= self._max_pairs:  # of templates that are new to it
+                    chosen = [(0, (first + i) % len(bank), 0.0) for i in range(size)]
+                    first += size
+                    for _ in self.regress([query] * size, encoded, chosen):
+                        pass
+
+    def _prepared(self, crops: Tensor) -> Prepared:
+        """What is computed of crops (B, 3, 224, 224) on the device, in their order."""
+        parts = []
+        for part in crops.split(self._max_batch):
+            filled = part[self._filled(range(len(part)), self._max_batch)] if self._compiles else part
+            parts.append(self._crops(filled).select(slice(0, len(part))))
         return Prepared.join(parts)
+
+    def _filled(self, part: Sequence[int], most: int) -> list[int]:
+        """The indices, the last one repeated until there are as many as has been compiled for."""
+        if not self._compiles:
+            return list(part)
+        size = next(size for size in _sizes(most) if size >= len(part))
+        return [*part, *[part[-1]] * (size - len(part))]
 
     def scores(self, queries: Sequence[Query], encoded: Prepared) -> list[Tensor]:
         """Stage 1: per query the score (N,) of every template of its bank."""
@@ -242,17 +285,18 @@ class Network:
     ) -> _Running:
         """Queue a pass over some pairs, or the rest of it, and its results' way to the host."""
         with self._autocast():
-            query, template = self._both(pairs, part)
+            filled = self._filled(part, self._max_pairs)
+            query, template = self._both(pairs, filled)
             if halfway:
-                levels = [Refining.join(states) for states in zip(*(halfway[i] for i in part))]
+                levels = [Refining.join(states) for states in zip(*(halfway[i] for i in filled))]
                 state = levels[-1]
             else:
-                levels, state = [], self._begin(pairs, part, query, template)
+                levels, state = [], self._begin(pairs, filled, query, template)
             for level in range(len(levels), len(GRIDS)):
-                state = self._stages.refine(level, state, query, template)
+                state = self._refine[level](state, query, template)
                 levels.append(state)
         self._trim()
-        matches = [_patch_matches(query, template, pairs.patches_of(part))] if trace else []
+        matches = [_patch_matches(query, template, pairs.patches_of(filled))] if trace else []
         return _Running(part, levels if trace else levels[-1:], matches)
 
     def _halfway(self, pairs: _Pairs, parts: Sequence[Sequence[int]]) -> dict[int, list[Refining]]:
@@ -260,10 +304,11 @@ class Network:
         found: dict[int, list[Refining]] = {}
         for part in parts:
             with self._autocast():
-                query, template = self._both(pairs, part)
-                levels = [self._begin(pairs, part, query, template)]
+                filled = self._filled(part, self._max_pairs)
+                query, template = self._both(pairs, filled)
+                levels = [self._begin(pairs, filled, query, template)]
                 for level in range(len(GRIDS) - 1):
-                    levels.append(self._stages.refine(level, levels[-1], query, template))
+                    levels.append(self._refine[level](levels[-1], query, template))
             self._trim()
             found.update((i, [s.select(slice(k, k + 1)) for s in levels[1:]]) for k, i in enumerate(part))
         return found
@@ -302,7 +347,7 @@ class Network:
         missing = [key for key in by_key if self._maps.get(key) is None]
         if missing:
             crops = torch.cat([by_key[key].crops([key[1]]) for key in missing])
-            made = self._stages.template(self._stages.encode(self._upload(crops.numpy())))
+            made = self._prepared(self._upload(crops.numpy()))
             for key, one in zip(missing, made.split()):
                 self._maps.put(key, one, sum(map(_size, one.tensors())))
         found = Prepared.join([self._maps.get((bank.class_id, t)) for bank, t in wanted])
@@ -310,8 +355,8 @@ class Network:
             return found
         missing = [key for key in by_key if self._parts.get(key) is None]
         if missing:
-            maps = Prepared.join([self._maps.get(key) for key in missing]).maps
-            made_parts = self._stages.parts(maps)
+            filled = [missing[i] for i in self._filled(range(len(missing)), self._max_pairs)]
+            made_parts = self._template_parts(Prepared.join([self._maps.get(key) for key in filled]).maps)
             for row, key in enumerate(missing):
                 one = tuple(level[row : row + 1].clone() for level in made_parts)
                 self._parts.put(key, one, sum(map(_size, one)))
@@ -432,6 +477,42 @@ def _promise(state: Refining) -> Tensor:
     fit = torch.linalg.solve_ex(normal, weighted @ target).result
     off = (target - source @ fit).abs().sum(2)
     return (weight / (1 + off.square())).sum(1)
+
+
+class _Compiled:
+    """A function by `torch.compile`, one version per shape; as it is, with a warning, where that fails."""
+
+    def __init__(self, function: Callable[..., Any], backend: str) -> None:
+        self._function = function
+        self._backend = backend
+        self._compiled: Callable[..., Any] | None = torch.compile(function, backend=backend, dynamic=False)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None:
+            try:
+                # Copies: a backend that replays graphs overwrites its results at the next call.
+                return _copied(self._compiled(*args))
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self._compiled = None
+                reason = str(error).strip().splitlines()[0]
+                _log.warning(
+                    "the network can't be compiled by '%s' (%s): it goes on as it is; a CPU needs a C++ "
+                    "compiler (g++), CUDA needs Triton",
+                    self._backend,
+                    reason,
+                )
+        return self._function(*args)
+
+
+def _copied(result: Prepared | Refining | tuple[Tensor, ...]) -> Any:
+    if isinstance(result, tuple):
+        return tuple(tensor.clone() for tensor in result)
+    return result.each(torch.clone)
+
+
+def _sizes(most: int) -> list[int]:
+    """Sizes of batches that are compiled for: powers of two, and the largest."""
+    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 import trimesh
 from parity import parity_model
 
@@ -233,6 +234,55 @@ def test_precision_suits_the_device():
         EstimatorSettings(precision="int8")
     with pytest.raises(ConfigError, match="prune"):
         EstimatorSettings(prune=-1)
+
+
+# -- compilation -----------------------------------------------------------------------------------
+
+
+def counting(count: list) -> str:
+    """The name of a backend that only records and replays, for the code generators take minutes."""
+
+    def backend(graph, inputs):
+        count.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, f"count{id(count)}")
+    return f"count{id(count)}"
+
+
+def test_a_compiled_network_says_the_same(world, released):
+    count: list = []
+    options = {"hypotheses": 1, "rerank": 0, "precision": "fp32", "compile": counting(count)}
+    # Three crops and three pairs, each filled up to four.
+    compiled = world.make(PoseEstimator, "tiny", max_batch=4, **options)
+    assert_equal(hypotheses(compiled, world), [own[:1] for own in released["tiny"]])
+    assert len(count) > 0
+
+
+def test_once_warm_nothing_is_compiled_any_more(world, released):
+    count: list = []
+    options = {"hypotheses": 2, "rerank": 0, "compile": counting(count)}
+    estimator = world.make(PoseEstimator, "tiny", max_batch=1, **options)
+    estimator.warm_up()
+    before = len(count)
+    assert before > 0
+    assert_equal(hypotheses(estimator, world), released["tiny"])
+    assert len(count) == before
+
+
+def test_where_it_cannot_be_compiled_it_goes_on_with_a_warning(world, released, caplog):
+    torch._dynamo.reset()
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.register_backend(broken, "broken")
+    estimator = world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0, compile="broken")
+    assert_equal(hypotheses(estimator, world, slice(0, 1)), released["tiny"][:1])
+    assert "can't be compiled by 'broken'" in caplog.text and "g++" in caplog.text
+    with pytest.raises(ConfigError, match="compile is 'abacus'.*inductor"):
+        EstimatorSettings(compile="abacus")
 
 
 # -- stage 1 ---------------------------------------------------------------------------------------

@@ -82,17 +82,18 @@ class Prepared:
 
     def select(self, rows: Tensor | slice) -> Prepared:
         """The crops named by indices or a slice."""
-        return self._each(lambda tensor: tensor[rows])
+        return self.each(lambda tensor: tensor[rows])
 
     def split(self) -> list[Prepared]:
         """The crops one by one, as batches of one that share no memory."""
-        return [self._each(lambda t, i=i: t[i : i + 1].clone()) for i in range(len(self.descriptors))]
+        return [self.each(lambda t, i=i: t[i : i + 1].clone()) for i in range(len(self.descriptors))]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All there is."""
         return (self.descriptors, *self.maps, *self.parts)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Prepared:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Prepared:
+        """The same with every tensor changed."""
         return Prepared(
             change(self.descriptors), tuple(map(change, self.maps)), tuple(map(change, self.parts))
         )
@@ -123,8 +124,12 @@ class Refining:
 
     def select(self, rows: Tensor | slice) -> Refining:
         """The pairs named by indices or a slice."""
-        residual = None if self.residual is None else self.residual[rows]
-        return Refining(self.affine[rows], self.flow[rows], self.certainty[rows], residual)
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Refining:
+        """The same with every tensor changed."""
+        residual = None if self.residual is None else change(self.residual)
+        return Refining(change(self.affine), change(self.flow), change(self.certainty), residual)
 
     @staticmethod
     def join(states: Sequence[Refining]) -> Refining:

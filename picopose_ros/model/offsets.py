@@ -141,10 +141,11 @@ def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
         (B, m, k).
     """
     batch, size, channels = table.shape
-    count = index.shape[2]
-    kind = rows.device.type
+    count, kind = index.shape[2], rows.device.type
     at_once = _AT_ONCE.get(kind, 2**27)
-    if not torch.is_grad_enabled() and size < _PAYS * count:  # all of them, and take what is named
+    # Every part would have a gradient of the whole table; a compiler keeps what is gathered in registers.
+    undivided = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if size < _PAYS * count and not undivided:  # all of them, and take what is named
         step = max(at_once // size, 1)
         found = [
             (part @ whole.T).gather(1, names)
@@ -154,14 +155,13 @@ def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
         return torch.cat(found).view_as(index)
     index = index + torch.arange(batch, device=index.device).view(-1, 1, 1) * size
     index, rows, table = index.flatten(0, 1), rows.reshape(-1, channels, 1), table.reshape(-1, channels)
-    # With gradients, every part would make one of the whole table.
-    step = len(rows) if torch.is_grad_enabled() else max(at_once // (count * channels), 1)
+    step = len(rows) if undivided else max(at_once // (count * channels), 1)
+    # A CPU's batched product takes matrices one by one.
+    by_hand = torch.compiler.is_compiling() or (kind == "cpu" and not torch.is_grad_enabled())
     found = []
     for own, names in zip(rows.split(step), index.split(step)):
         cells = F.embedding(names, table)
-        # A CPU's batched product takes them one by one.
-        by_hand = kind == "cpu" and not torch.is_grad_enabled()
-        found.append(cells.mul_(own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
+        found.append((cells * own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
     return torch.cat(found).view(batch, -1, count)
 
 
