@@ -166,7 +166,7 @@ def of_another_preset(_: Path, path: Path) -> None:
     ("spoil", "says"),
     [
         (truncated, "is not a complete .safetensors file"),
-        (pickled, "is not unpickled for safety"),
+        (pickled, "is not a torch checkpoint that can be used"),
         (of_another_preset, "was made for preset 'vitl', not for 'tiny'"),
     ],
 )
