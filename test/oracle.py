@@ -82,6 +82,9 @@ class OracleModel(nn.Module):
 
     template = query
 
+    def parts(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return ()
+
     def scores(self, descriptors: Tensor, patches: Tensor, bank: Tensor, bank_patches: Tensor) -> Tensor:
         """Minus the angle to the true pose."""
         rows = []
