@@ -184,6 +184,7 @@ def test_weights_that_can_not_be_used_are_refused(
     ("parameters", "says"),
     [
         ({"device": "warp:7"}, "parameter device is 'warp:7'"),
+        ({"compile": "warp"}, "compile is 'warp', choose one of"),
         (
             {"segmentation_input": "mask", "mask_class": "fork"},
             "no object is called that; onboarded are 41, block, can, tin",

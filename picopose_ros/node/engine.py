@@ -102,18 +102,34 @@ class Engine:
 
     def take(self, objects: ObjectSet) -> None:
         """From now on estimate these objects."""
-        settings = EstimatorSettings(hypotheses=self._parameters.hypotheses)
-        if self._estimator is not None:
-            settings = self._estimator.settings
-        self._estimator = PoseEstimator(self._model, objects.banks, settings, self.device, objects.aliases)
+        if self._estimator is None:
+            p = self._parameters
+            settings = EstimatorSettings(
+                hypotheses=p.hypotheses,
+                prune=p.prune,
+                precision=p.precision,
+                compile=p.compile,
+                template_cache_mb=p.template_cache_mb,
+            )
+            self._estimator = PoseEstimator(
+                self._model, objects.banks, settings, self.device, objects.aliases
+            )
+        else:
+            self._estimator = self._estimator.with_banks(objects.banks, objects.aliases)
         self.objects = objects
 
     def estimate(
-        self, rgb: np.ndarray, camera: CameraModel, segments: Sequence[Segment], hypotheses: int
+        self,
+        rgb: np.ndarray,
+        camera: CameraModel,
+        segments: Sequence[Segment],
+        hypotheses: int,
+        prune: int = 0,
     ) -> EstimateResult:
         """Poses of the segments of an image; see `PoseEstimator.estimate`."""
-        if hypotheses != self._estimator.settings.hypotheses:
-            self._estimator.settings = replace(self._estimator.settings, hypotheses=hypotheses)
+        settings = self._estimator.settings
+        if (hypotheses, prune) != (settings.hypotheses, settings.prune):
+            self._estimator.settings = replace(settings, hypotheses=hypotheses, prune=prune)
         return self._estimator.estimate(rgb, camera, segments)
 
     def judge(self, result: EstimateResult, segments: Sequence[Segment], min_score: float) -> Judged:
@@ -169,4 +185,5 @@ class Engine:
         mask = (rows - height / 2) ** 2 + (cols - width / 2) ** 2 < 100**2
         K = np.array([[600.0, 0, width / 2], [0, 600.0, height / 2], [0, 0, 1]])
         segment = Segment(class_id=next(iter(self.objects.banks)), score=1.0, mask=mask)
+        self._estimator.warm_up()
         self._estimator.estimate(rgb, CameraModel(K, width, height, "", ()), [segment])

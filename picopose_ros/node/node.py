@@ -705,7 +705,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         for problem in frame.bad:
             self._drops.record(problem.reason, problem.message)
         before = time.monotonic()
-        result = engine.estimate(frame.rgb, frame.camera, frame.segments, p.hypotheses)
+        result = engine.estimate(frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune)
         judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
         for reason, message in judged.dropped:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -20,6 +20,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.inference import Precision
 from picopose_ros.smoothing import SmoothingSettings
 
 
@@ -122,6 +123,34 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         minimum=1,
         maximum=32,
         changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "prune",
+        0,
+        "So many of the hypotheses, the most promising ones, go through the finest grid; 0: all of them.",
+        minimum=0,
+        maximum=32,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "precision",
+        "auto",
+        "What the network computes in: auto takes fp16 on CUDA, bf16 on a CPU with matrix units for it, else "
+        "fp32.",
+        choices=get_args(Precision),
+    ),
+    ParameterSpec(
+        "compile",
+        "",
+        "Backend of torch.compile for the network, e.g. inductor or cudagraphs; empty: none. Configuring "
+        "then takes minutes.",
+    ),
+    ParameterSpec(
+        "template_cache_mb",
+        512,
+        "Memory for what is remembered of templates that were tried lately, on the device.",
+        minimum=0,
+        maximum=65536,
     ),
     ParameterSpec(
         "min_score",
@@ -262,6 +291,10 @@ class NodeParameters:
     viewpoints: int
     cache_dir: Path | None
     hypotheses: int
+    prune: int
+    precision: Precision
+    compile: str
+    template_cache_mb: int
     min_score: float
     segmentation_input: str
     mask_class: str

@@ -66,7 +66,8 @@ def estimate_poses(
 
     def work() -> tuple[float, Any, Any]:
         begun = time.monotonic()
-        result = engine.estimate(frame.rgb, frame.camera, segments, request.hypotheses or settings.hypotheses)
+        hypotheses = request.hypotheses or settings.hypotheses
+        result = engine.estimate(frame.rgb, frame.camera, segments, hypotheses, settings.prune)
         return begun, result, engine.judge(result, segments, settings.min_score)
 
     try:
