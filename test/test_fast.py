@@ -185,7 +185,7 @@ def test_only_the_promising_reach_the_last_grid(world, trace):
             assert len(one.coarse) == (2 if trace else 0)
             if not one.pruned:
                 assert_equal([[one]], [[other]])
-            elif trace:  # the grid before, enlarged: a fine cell's index is twice the coarse one's, and a half
+            elif trace:  # the grid before, enlarged: fine indices are twice the coarse, and a half
                 mean = one.flow.reshape(2, 32, 2, 32, 2).mean((2, 4))
                 assert np.abs(np.median(mean - (2 * one.coarse[-1][0] - 0.5), (1, 2))).max() < 0.05
             for (f, c), (g, d) in zip(one.coarse, other.coarse):
