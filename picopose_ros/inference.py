@@ -464,7 +464,7 @@ def _promise(state: Refining) -> Tensor:
     """(B,) how well a hypothesis seems to go: how many of its cells are certain and move as one affine says.
 
     Certainty alone grows with wrong hypotheses too; on the grid before the last, this finds the later best
-    of five among its first two in three cases of four.
+    of five among its first two in three cases of four (24 synthetic queries).
     """
     n = state.flow.shape[-1]
     weight = state.certainty.float().sigmoid().flatten(1)
