@@ -223,7 +223,7 @@ def test_half_precision_is_near(world, precision):
     assert [p.segment for p in b.poses] == [0, 1, 2]
     for one, other in zip(a.poses, b.poses):
         if one.template == other.template:  # near ties may be broken otherwise
-            assert rotation_angle_deg(one.T_cam_obj[:3, :3], other.T_cam_obj[:3, :3]) < 2
+            assert rotation_angle_deg(one.T_cam_obj[:3, :3], other.T_cam_obj[:3, :3]) < 5
         assert abs(one.confidence - other.confidence) < 0.1
     # It does compute in that type: what is remembered of templates takes half of the memory.
     ratio = half.resident_bytes()["cache"] / full.resident_bytes()["cache"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -256,6 +259,15 @@ def test_the_service_is_answered_while_the_stream_runs_and_the_stream_too(
     )
 
 
+@contextmanager
+def held(cache: Path, mesh: Path, viewpoints: int) -> Iterator[None]:
+    """Whoever wants to onboard that mesh has to wait."""
+    place = hashlib.sha256(str(mesh.resolve()).encode()).hexdigest()[:12]
+    with open(cache / f".{mesh.stem}-{place}-tiny-{viewpoints}.safetensors.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def test_objects_are_reloaded_while_the_stream_goes_on(
     client: Client, node: NodeProcess, meshes: Path, scene: Scene, tmp_path: Path
 ) -> None:
@@ -270,9 +282,10 @@ def test_objects_are_reloaded_while_the_stream_goes_on(
     (meshes / "can.ply").rename(meshes.parent / "can.ply")
     objects = (meshes / "objects.yaml").read_text()
     (meshes / "objects.yaml").write_text("cup: {class_ids: [mug]}\n")
-    reload = client.start_call("reload_objects", Trigger)
-    client.diagnostic_values(lambda v: v.get("loading", "").startswith("cup"), "the onboarding to begin")
-    assert classes(client.ask(scene)) == ["block", "can", "block"]  # nothing is missing meanwhile
+    with held(tmp_path, meshes / "cup.ply", client.parameter("viewpoints")):  # as by another process
+        reload = client.start_call("reload_objects", Trigger)
+        client.diagnostic_values(lambda v: v.get("loading", "").startswith("cup"), "the onboarding to begin")
+        assert classes(client.ask(scene)) == ["block", "can", "block"]  # nothing is missing meanwhile
     response = reload()
     assert response.success
     assert response.message == "2 objects: added cup; removed can"

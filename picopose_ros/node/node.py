@@ -413,9 +413,10 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             return [one.subscription for one in self._inputs]
 
     def _stop_listening(self) -> None:
-        if self._reader is not None:
-            self._reader.stop()
-            self._reader = None
+        with self._stream:
+            reader, self._reader = self._reader, None
+        if reader is not None:  # not with the lock, which its callbacks take
+            reader.stop()
         with self._stream:
             for subscription in self._inputs:
                 subscription.destroy()
@@ -550,7 +551,8 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         with self._stream:
             if not self._inputs:
                 return
-            if any([subscription.adapt() for subscription in self._inputs]):
+            adapted = any([subscription.adapt() for subscription in self._inputs])
+            if adapted and self._reader is not None:  # a transition may be stopping it
                 self._reader.wake()
             now = time.monotonic()
             if self._halves is not None:
