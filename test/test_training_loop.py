@@ -112,7 +112,8 @@ def test_a_short_run_improves_and_a_killed_one_resumes_to_the_same_weights(
     broken = replace(config, out=str(tmp_path / "broken"))
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, json.dumps(asdict(broken))],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # As many threads as here: sums of other parts round differently.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
