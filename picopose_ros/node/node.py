@@ -17,7 +17,6 @@ from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 from std_srvs.srv import Trigger
@@ -50,7 +49,6 @@ from picopose_ros.node.parameters import (
     judge_parameters,
     read_parameters,
 )
-from picopose_ros.node.reader import StreamReader
 from picopose_ros.node.services import estimate_poses, reload_objects
 from picopose_ros.node.subscriptions import InputSubscription, OutputPublisher, reliability_is_given
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown, require_tf2_ros
@@ -135,7 +133,6 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         # What the executor's threads share with the transitions.
         self._stream = threading.RLock()
         self._inputs: list[InputSubscription] = []
-        self._reader: StreamReader | None = None
         self._pairing: StampPairing | None = None
         self._halves: HalfJoin | None = None
         # What the worker shares with the housekeeping.
@@ -352,7 +349,6 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         else:
             kind = Image if p.segmentation_input == "mask" else SegmentArray
             kinds.append(("segmentation", kind, self._on_segmentation, SEGMENTATION_DEPTH, "auto"))
-        self._reader = StreamReader(self.context, self._input_subscriptions, self._on_crash)
         for name, message_type, callback, depth, reliability in kinds:
             topic = self._topics[name]
             if topic not in self._reliability_given:
@@ -368,7 +364,6 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             )
             with self._stream:
                 self._inputs.append(subscription)
-        self._reader.start()
         self.get_logger().info(
             f"picopose_node ready: {self._loaded}; listening to "
             f"{', '.join(one.topic for one in self._inputs)}"
@@ -408,15 +403,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         LifecycleNodeMixin.on_shutdown(self, state)
         self._release()
 
-    def _input_subscriptions(self) -> list[Subscription]:
-        with self._stream:
-            return [one.subscription for one in self._inputs]
-
     def _stop_listening(self) -> None:
-        with self._stream:
-            reader, self._reader = self._reader, None
-        if reader is not None:  # not with the lock, which its callbacks take
-            reader.stop()
         with self._stream:
             for subscription in self._inputs:
                 subscription.destroy()
@@ -500,7 +487,7 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
             self._painter.close()
             self._painter = None
 
-    # On the reader's thread: receive and pair. The housekeeping is the executor's.
+    # On the executor: receive, pair, look after things.
 
     def _on_image(self, message: Image | CompressedImage, info: Mapping[str, Any]) -> None:
         self._pair(lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
@@ -551,9 +538,8 @@ class PicoPoseNode(LifecycleNodeMixin, Node):
         with self._stream:
             if not self._inputs:
                 return
-            adapted = any([subscription.adapt() for subscription in self._inputs])
-            if adapted and self._reader is not None:  # a transition may be stopping it
-                self._reader.wake()
+            for subscription in self._inputs:
+                subscription.adapt()
             now = time.monotonic()
             if self._halves is not None:
                 self._halves.expire(now)

@@ -26,7 +26,6 @@ from rclpy.subscription import Subscription
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.node.reader import NotForExecutors
 
 POLICIES = (
     QoSPolicyKind.HISTORY,
@@ -74,13 +73,13 @@ class InputSubscription:
         node: owner.
         message_type: of the topic.
         topic: name, remapped as usual.
-        callback: called with each message and its `MessageInfo`, by whoever reads :attr:`subscription`.
+        callback: called with each message and its `MessageInfo`.
         depth: messages that may queue up.
         reliability: see above.
         given: a parameter decides over the reliability, see :func:`reliability_is_given`.
 
     Attributes:
-        subscription: rclpy's; another one after :meth:`adapt`. The node's executor leaves it alone.
+        subscription: rclpy's; another one after :meth:`adapt`.
 
     Raises:
         ConfigError: a QoS override that can't be used.
@@ -163,7 +162,6 @@ class InputSubscription:
             self._topic,
             self._callback,
             self._qos,
-            callback_group=NotForExecutors(),
             event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
             qos_overriding_options=options,
         )
