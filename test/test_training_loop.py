@@ -87,7 +87,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _CHILD = """
-import sys, json
+import sys, json, torch
+torch.set_num_threads(1)
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training import train
 from picopose_ros.training.sources import Draw
@@ -98,6 +99,16 @@ train.train(TrainConfig(**values))
 """
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So that this process rounds as one that it starts, whatever other tests have set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_short_run_improves_and_a_killed_one_resumes_to_the_same_weights(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -112,8 +123,7 @@ def test_a_short_run_improves_and_a_killed_one_resumes_to_the_same_weights(
     broken = replace(config, out=str(tmp_path / "broken"))
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, json.dumps(asdict(broken))],
-        # As many threads as here: sums of other parts round differently.
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
