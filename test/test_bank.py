@@ -56,9 +56,8 @@ def write_object(path: Path, scale: float = 1.0, shade: int = 0, offset: np.ndar
     colours = np.clip(127 * egg.vertices + 128 - shade, 0, 255)
     egg.apply_scale(np.array([0.05, 0.03, 0.08]) * scale)
     egg.apply_translation(offset)
-    egg.visual = trimesh.visual.ColorVisuals(
-        egg, vertex_colors=np.hstack([colours, 255 + 0 * colours[:, :1]])
-    )
+    colours = np.hstack([colours, 255 + 0 * colours[:, :1]]).astype(np.uint8)  # floats would be 0..1
+    egg.visual = trimesh.visual.ColorVisuals(egg, vertex_colors=colours)
     egg.export(path)
 
 
@@ -344,6 +343,33 @@ def test_other_version_and_settings_make_an_entry_stale(
     load_or_build(spec, model, VIEWS, tmp_path / "cache")
     assert builds.count == 2
     assert "stale: render settings, package version changed" in caplog.text
+
+
+def test_another_shading_makes_an_entry_stale(
+    spec: ObjectSpec, model: PicoPose, builds: Builds, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for shading, count in ((None, 1), ("auto", 1), ("flat", 2), ("flat", 2)):
+        load_or_build(spec, model, VIEWS, tmp_path / "cache", shading=shading)
+        assert builds.count == count
+    assert "stale: shading changed" in caplog.text
+
+
+def test_templates_of_a_mesh_without_colours_are_shaded(model: PicoPose, tmp_path: Path) -> None:
+    trimesh.creation.box((0.06, 0.08, 0.1)).export(tmp_path / "box.ply")
+    spec = discover_objects(tmp_path)[0]
+    bank = load_or_build(spec, model, VIEWS, tmp_path / "cache")
+    assert bank.shading == load_or_build(spec, model, VIEWS, tmp_path / "cache").shading == "auto"
+    with MeshRenderer(antialias=True, shading="headlight") as renderer:
+        T_cam_obj = bank.T_cam_ctr[5].astype(np.float64) @ bank.T_ctr_obj
+        view = renderer.render(load_object(spec), T_cam_obj, bank.K, 640, 480)
+    left, top, side = bank.boxes[5]
+    theirs = view.rgb[top : top + side, left : left + side]
+    assert np.mean(np.abs(theirs.astype(int) - bank.images[5, :side, :side]) > 2) < 2e-3
+    assert theirs[bank.images[5, :side, :side].any(axis=-1)].std() > 10
+
+
+def test_the_released_network_has_flat_templates() -> None:
+    assert preset("vitl").template_shading == "flat" and preset("tiny").template_shading == "auto"
 
 
 def test_presets_and_view_counts_have_entries_of_their_own(

@@ -15,7 +15,14 @@ from PIL import Image
 from trimesh.visual.material import PBRMaterial, SimpleMaterial
 
 from picopose_ros.errors import RenderError
-from picopose_ros.templates.renderer import NEUTRAL_GREY, MeshRenderer
+from picopose_ros.templates.headlight import AMBIENT
+from picopose_ros.templates.renderer import (
+    NEUTRAL_GREY,
+    SMOOTH_NORMALS,
+    MeshRenderer,
+    Shading,
+    shows_one_colour,
+)
 
 K = np.array([[310.0, 0.0, 78.3], [0.0, 305.0, 61.2], [0.0, 0.0, 1.0]])
 WIDTH, HEIGHT = 160, 121
@@ -288,6 +295,97 @@ def test_malformed_arguments_are_refused(
 ) -> None:
     with pytest.raises(RenderError):
         renderer.render([coloured_box()], T_cam_obj, intrinsics, width, 30)
+
+
+def plain(colour: tuple[int, int, int] | None = None) -> trimesh.Trimesh:
+    box = trimesh.creation.box((0.06, 0.08, 0.1))
+    if colour is not None:
+        box.visual = trimesh.visual.ColorVisuals(box, vertex_colors=np.tile([*colour, 255], (8, 1)))
+    return box
+
+
+def expected_headlight(mesh: trimesh.Trimesh, T_cam_obj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness (H, W) by the normals of the faces that rays hit, and where they hit one."""
+    _, face = cast_rays(mesh, T_cam_obj, K, WIDTH, HEIGHT)
+    u, v = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(K).T
+    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    normals = mesh.face_normals[face] @ T_cam_obj[:3, :3].T
+    cosine = np.abs((rays * normals).sum(axis=-1))
+    return AMBIENT + (1.0 - AMBIENT) * cosine, face >= 0
+
+
+@pytest.mark.parametrize("inside_out", [False, True])
+@pytest.mark.parametrize("colour", [None, (40, 200, 90)])
+def test_headlight_shades_by_the_angle_to_the_normals_of_faces(
+    renderer: MeshRenderer, colour: tuple[int, int, int] | None, inside_out: bool
+) -> None:
+    box, T_cam_obj = plain(colour), pose((0.0, 0.0, 0.35))
+    if inside_out:
+        box.invert()
+    view = renderer.render([box], T_cam_obj, K, WIDTH, HEIGHT, shading="headlight")
+    brightness, hit = expected_headlight(box, T_cam_obj)
+    both = view.mask & hit
+    expected = brightness[..., None] * (NEUTRAL_GREY if colour is None else colour)
+    assert np.percentile(np.abs(view.rgb - expected)[both], 98) <= 1
+    assert np.ptp(view.rgb[both], axis=0).max() > 30, "the sides of the box can be told apart"
+    flat = renderer.render([box], T_cam_obj, K, WIDTH, HEIGHT)
+    assert np.array_equal(flat.depth, view.depth)
+    assert (flat.rgb[flat.mask] == (NEUTRAL_GREY if colour is None else colour)).all()
+
+
+def test_headlight_uses_smooth_normals_where_the_file_has_them(renderer: MeshRenderer) -> None:
+    faceted = trimesh.creation.icosphere(subdivisions=1, radius=0.05)
+    smooth = faceted.copy()
+    smooth.metadata[SMOOTH_NORMALS] = True
+    steps = []
+    for ball in (faceted, smooth):
+        view = renderer.render([ball], pose((0, 0, 0.35)), K, WIDTH, HEIGHT, shading="headlight")
+        core = view.mask & (view.depth < np.median(view.depth[view.mask]))
+        beside = core[:, 1:] & core[:, :-1]
+        steps.append(np.abs(np.diff(view.rgb[..., 0].astype(int), axis=1))[beside].max())
+    assert steps[0] > 8 and steps[1] <= 4, "brightness jumps from face to face, or does not"
+
+
+@pytest.mark.parametrize(
+    ("shading", "colours", "shaded"),
+    [
+        ("auto", [None], True),
+        ("auto", [(200, 30, 30), (203, 28, 33)], True),
+        ("auto", [(200, 30, 30), None], False),
+        ("flat", [None], False),
+        ("headlight", [(200, 30, 30), None], True),
+    ],
+)
+def test_auto_shades_a_mesh_of_one_colour(
+    renderer: MeshRenderer, shading: Shading, colours: list[tuple[int, int, int] | None], shaded: bool
+) -> None:
+    parts = [plain(colour) for colour in colours]
+    for shift, part in enumerate(parts):
+        part.apply_translation([0.03 * shift, 0, 0])
+    view = renderer.render(parts, pose((0, 0, 0.35)), K, WIDTH, HEIGHT, shading=shading)
+    assert (len(np.unique(view.rgb[view.mask], axis=0)) > 10) == shaded
+    assert shows_one_colour(parts) == (len({colour is None for colour in colours}) == 1)
+
+
+@pytest.mark.parametrize("black", [True, False])
+def test_a_texture_counts_as_colours_unless_it_is_even(renderer: MeshRenderer, black: bool) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    if not black:
+        image[:, 4:] = 250
+    box = plain()
+    box.visual = trimesh.visual.TextureVisuals(
+        uv=np.linspace(0, 1, 16).reshape(8, 2), material=SimpleMaterial(image=Image.fromarray(image))
+    )
+    view = renderer.render([box], pose((0, 0, 0.35)), K, WIDTH, HEIGHT, shading="auto")
+    assert shows_one_colour([box]) == black
+    # A black mesh is raised, so that templates of it show its shape.
+    assert (view.rgb[view.mask].min() > 20) == black
+
+
+def test_no_such_shading_is_an_error(renderer: MeshRenderer) -> None:
+    with pytest.raises(RenderError, match="'phong'.*flat, headlight, auto"):
+        renderer.render([plain()], pose((0, 0, 0.35)), K, WIDTH, HEIGHT, shading="phong")
 
 
 SUBPROCESS = """

@@ -131,6 +131,12 @@ class ModelConfig:
     mask_background: bool = False
     """Crop pixels outside the segment's mask are blacked out before the network sees them."""
 
+    @property
+    def template_shading(self) -> Literal["flat", "auto"]:
+        """How templates are lit (`picopose_ros.templates.renderer.Shading`): the released network knows flat
+        ones alone. Not a field, because the network's shape does not depend on it."""
+        return "flat" if isinstance(self.backbone, ViTConfig) else "auto"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

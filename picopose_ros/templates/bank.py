@@ -37,8 +37,9 @@ from picopose_ros.geometry.crops import (
     crop_rgb,
 )
 from picopose_ros.model import PicoPose, model_fingerprint
+from picopose_ros.templates.headlight import AMBIENT, DARKEST
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object, mesh_digest
-from picopose_ros.templates.renderer import MeshRenderer, Rendering
+from picopose_ros.templates.renderer import MeshRenderer, Rendering, Shading
 from picopose_ros.templates.viewpoints import viewpoint_rotations
 
 TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0.0, 1.0]])
@@ -63,7 +64,7 @@ OBJECTS_AT_ONCE = min(4, max(2, (os.cpu_count() or 1) // 4))
 Progress = Callable[[str, int, int], None]
 """Called with a class id, the number of objects done and the number of objects; what it raises ends all."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the meaning or the making of a bank changes: every cached bank is then rebuilt."""
 
 _ARRAYS = (
@@ -128,6 +129,8 @@ class TemplateBank:
     """Largest distance between two vertices, metres."""
     warnings: tuple[str, ...] = ()
     """What looks wrong with the mesh."""
+    shading: Shading = "flat"
+    """How the templates were lit: what is compared with them is to be rendered in the same way."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -218,6 +221,7 @@ def build_bank(
     device: str | torch.device | None = None,
     progress: bool = False,
     stop: threading.Event | None = None,
+    shading: Shading | None = None,
 ) -> TemplateBank:
     """Render an object from all sides and encode the views, both at the same time.
 
@@ -228,6 +232,8 @@ def build_bank(
         device: where the network runs; None: where it is.
         progress: show a progress bar on a terminal.
         stop: once it is set, the work ends with an exception.
+        shading: how the templates are lit; None: as the preset has it (``auto`` for tiny, ``flat`` for the
+            released network).
 
     Raises:
         ConfigError: no such number of viewpoints.
@@ -235,6 +241,7 @@ def build_bank(
         RenderError: nothing can be rendered on this machine.
     """
     rotations = viewpoint_rotations(count)
+    shading = model.config.template_shading if shading is None else shading
     device = next(model.parameters()).device if device is None else torch.device(device)
     model = model.to(device)
     width, height = TEMPLATE_SIZE
@@ -249,7 +256,11 @@ def build_bank(
 
     crops: list[TemplateCrop] = []
     descriptors: list[np.ndarray] = []
-    with _bar(mesh.spec.class_id, count, progress) as bar, _rendered(mesh, T_cam_ctr @ T_ctr_obj, K) as parts:
+    poses = T_cam_ctr @ T_ctr_obj
+    with (
+        _bar(mesh.spec.class_id, count, progress) as bar,
+        _rendered(mesh, poses, K, shading) as parts,
+    ):
         for part, batch in parts:
             if stop is not None and stop.is_set():
                 raise _Stopped(mesh.spec.class_id)
@@ -278,12 +289,13 @@ def build_bank(
         extents=mesh.extents,
         diameter=mesh.diameter,
         warnings=tuple(mesh.warnings),
+        shading=shading,
     )
 
 
 @contextlib.contextmanager
 def _rendered(
-    mesh: ObjectMesh, poses: np.ndarray, K: np.ndarray
+    mesh: ObjectMesh, poses: np.ndarray, K: np.ndarray, shading: Shading
 ) -> Iterator[Iterator[tuple[list[TemplateCrop], torch.Tensor]]]:
     """Crops and network inputs (n, 3, 224, 224) of all poses (N, 4, 4), `ENCODE_BATCH` at a time, in order.
 
@@ -293,7 +305,7 @@ def _rendered(
 
     def render(start: int) -> tuple[list[TemplateCrop], torch.Tensor]:
         if not renderers:
-            renderers.append(MeshRenderer(antialias=True))
+            renderers.append(MeshRenderer(antialias=True, shading=shading))
         crops, inputs = [], []
         for index, pose in enumerate(poses[start : start + ENCODE_BATCH], start):
             view = renderers[0].render(mesh, pose, K, WINDOW, WINDOW)
@@ -334,6 +346,7 @@ def load_or_build(
     progress: bool = False,
     fingerprint: str | None = None,
     stop: threading.Event | None = None,
+    shading: Shading | None = None,
 ) -> TemplateBank:
     """The bank of an object, from the cache where that holds exactly this one.
 
@@ -343,7 +356,7 @@ def load_or_build(
     builds it. Without a usable cache folder the bank is built every time, with a warning.
 
     Args:
-        spec, model, count, device, progress, stop: as in `build_bank`.
+        spec, model, count, device, progress, stop, shading: as in `build_bank`.
         cache_dir: None: ``picopose_ros`` in the user's cache folder.
         fingerprint: of the model, where it is known (`model_fingerprint` reads every weight).
 
@@ -351,7 +364,8 @@ def load_or_build(
         MeshError: the mesh cannot be used.
         RenderError: nothing can be rendered on this machine.
     """
-    recipe = _recipe(spec, model, count, fingerprint)
+    shading = model.config.template_shading if shading is None else shading
+    recipe = _recipe(spec, model, count, fingerprint, shading)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     path = folder / _entry_name(spec, model, count)
     bank = _cached(path, recipe, logging.DEBUG)  # it is looked at again under the lock
@@ -363,10 +377,10 @@ def load_or_build(
             stack.enter_context(_locked(folder / f".{path.name}.lock", stop))
         except OSError as error:
             _log.warning("cache folder %s cannot be used (%s): the bank is not kept", folder, error)
-            return build_bank(load_object(spec), model, count, device, progress, stop)
+            return build_bank(load_object(spec), model, count, device, progress, stop, shading)
         bank = _cached(path, recipe, logging.WARNING)  # another process may have built it meanwhile
         if bank is None:
-            bank = build_bank(load_object(spec), model, count, device, progress, stop)
+            bank = build_bank(load_object(spec), model, count, device, progress, stop, shading)
             try:
                 _write_entry(path, bank, recipe)
             except (OSError, SafetensorError) as error:
@@ -383,6 +397,7 @@ def loading(
     device: str | torch.device | None = None,
     progress: bool = False,
     fingerprint: str | None = None,
+    shading: Shading | None = None,
 ) -> Iterator[list[Future[TemplateBank]]]:
     """`load_or_build` of several objects at once: a future for each, in their order.
 
@@ -393,7 +408,9 @@ def loading(
     pool = ThreadPoolExecutor(OBJECTS_AT_ONCE, "onboard")
     try:
         yield [
-            pool.submit(load_or_build, spec, model, count, cache_dir, device, progress, fingerprint, stop)
+            pool.submit(
+                load_or_build, spec, model, count, cache_dir, device, progress, fingerprint, stop, shading
+            )
             for spec in specs
         ]
     finally:
@@ -409,12 +426,13 @@ def onboard(
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool | Progress = False,
+    shading: Shading | None = None,
 ) -> Onboarding:
     """Make the banks of all objects of a mesh directory. A mesh that cannot be used does not stop the others.
 
     Args:
         mesh_dir: see `discover_objects`; ``unit`` is its default unit.
-        model, count, cache_dir, device: see `load_or_build`.
+        model, count, cache_dir, device, shading: see `load_or_build`.
         progress: True for bars on a terminal; or called as each object is waited for and done.
 
     Raises:
@@ -425,7 +443,8 @@ def onboard(
     specs = {spec.class_id: spec for spec in discover_objects(mesh_dir, unit)}
     result = Onboarding({}, specs, {})
     tell = progress if callable(progress) else lambda *step: None
-    with loading(list(specs.values()), model, count, cache_dir, device, progress is True) as banks:
+    bars = progress is True
+    with loading(list(specs.values()), model, count, cache_dir, device, bars, shading=shading) as banks:
         for done, (class_id, bank) in enumerate(zip(specs, banks)):
             tell(class_id, done, len(specs))
             try:
@@ -453,7 +472,9 @@ def _bar(class_id: str, count: int, progress: bool) -> tqdm:
     return tqdm(total=count, desc=f"onboarding {class_id}", unit="view", disable=None if progress else True)
 
 
-def _recipe(spec: ObjectSpec, model: PicoPose, count: int, fingerprint: str | None) -> dict[str, str]:
+def _recipe(
+    spec: ObjectSpec, model: PicoPose, count: int, fingerprint: str | None, shading: Shading
+) -> dict[str, str]:
     """Everything that a bank depends on, by the name under which the log speaks of it."""
     settings = [TEMPLATE_K.tolist(), TEMPLATE_SIZE, DISTANCE, WINDOW, "antialiased", _FORMAT]
     return {
@@ -461,6 +482,7 @@ def _recipe(spec: ObjectSpec, model: PicoPose, count: int, fingerprint: str | No
         "unit": spec.unit,
         "viewpoints": str(count),
         "render settings": json.dumps(settings),
+        "shading": json.dumps([shading, AMBIENT, DARKEST]),
         "weights": model_fingerprint(model) if fingerprint is None else fingerprint,
         "preset": model.config.name,
         "package version": __version__,
@@ -528,6 +550,7 @@ def _read_entry(path: Path, recipe: dict[str, str]) -> TemplateBank:
             class_id=about["class_id"],
             diameter=about["diameter"],
             warnings=tuple(about["warnings"]),
+            shading=about["shading"],
             **arrays,
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -543,6 +566,7 @@ def _write_entry(path: Path, bank: TemplateBank, recipe: dict[str, str]) -> None
             "class_id": bank.class_id,
             "diameter": bank.diameter,
             "warnings": bank.warnings,
+            "shading": bank.shading,
             "recipe": recipe,
         }
     )

@@ -19,6 +19,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import cdist
 
 from picopose_ros.errors import MeshError
+from picopose_ros.templates.renderer import SMOOTH_NORMALS
 
 MESH_SUFFIXES: tuple[str, ...] = (".ply", ".obj", ".stl", ".glb", ".gltf", ".dae", ".off")
 """File types that are read, lower case."""
@@ -217,7 +218,9 @@ def load_object(spec: ObjectSpec) -> ObjectMesh:
         transform, name = scene.graph[node]
         geometry = scene.geometry[name]
         if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
+            smooth = "vertex_normals" in geometry._cache.cache  # of the file; nothing was computed yet
             part = geometry.copy()
+            part.metadata[SMOOTH_NORMALS] = smooth
             part.remove_unreferenced_vertices()
             part.apply_transform(transform)
             part.apply_scale(UNITS[spec.unit])

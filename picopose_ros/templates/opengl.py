@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from picopose_ros.errors import RenderError
+from picopose_ros.templates.headlight import make_shader_cache
 
 INSTALL_HINT = "install one with: sudo apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
 
@@ -234,11 +235,25 @@ def make_renderer(antialias: bool) -> Any:
     from OpenGL import GL
     from pyrender.renderer import Renderer
 
-    class FlatRenderer(Renderer):
+    class UnlitRenderer(Renderer):
         def __init__(self) -> None:
             self._plain: _Framebuffer | None = None
             self._smooth: _Framebuffer | None = None
+            self._headlight = make_shader_cache()
             super().__init__(16, 16)
+
+        def _get_primitive_program(self, primitive: Any, flags: int, program_flags: int) -> Any:
+            if not getattr(primitive, "shaded", False):
+                return super()._get_primitive_program(primitive, flags, program_flags)
+            unlit, self._program_cache = self._program_cache, self._headlight
+            try:
+                return super()._get_primitive_program(primitive, flags, program_flags)
+            finally:
+                self._program_cache = unlit
+
+        def delete(self) -> None:
+            self._headlight.clear()
+            super().delete()
 
         def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
             # pyrender keeps nodes in a set: where two surfaces are equally near, addresses would decide.
@@ -286,7 +301,7 @@ def make_renderer(antialias: bool) -> Any:
             GL.glBlitFramebuffer(0, 0, *size, 0, 0, *size, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
             GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, self._plain.name)
 
-    return FlatRenderer()
+    return UnlitRenderer()
 
 
 class _Framebuffer:

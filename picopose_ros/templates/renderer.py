@@ -1,4 +1,4 @@
-"""Offscreen rendering of meshes to unlit albedo and metric depth."""
+"""Offscreen rendering of meshes to albedo, unlit or under a headlight, and metric depth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import trimesh
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 NEUTRAL_GREY: tuple[int, int, int] = (153, 153, 153)
 """Colour of a mesh that brings none, 8-bit RGB."""
 
+Shading = Literal["flat", "headlight", "auto"]
+"""How surfaces are lit. ``flat``: not at all, the colour is the albedo. ``headlight``: by a light in the
+camera, so that brightness falls with the angle between the surface's normal and the viewing direction.
+``auto``: a mesh that shows more than one colour is flat; any other would be a silhouette with nothing inside
+and has the headlight."""
+
+SMOOTH_NORMALS = "smooth_normals"
+"""Key in a part's metadata: true where the file brings vertex normals, by which the headlight then shades.
+Other parts are shaded by the normals of their faces."""
+
+_ONE_COLOUR = 8
+"""Colours that differ by no more than this in each channel (of 255) count as one."""
 
 _SETTING_UP = threading.Lock()
 """Contexts of several threads work side by side, but displays and libraries are set up one after another."""
@@ -31,7 +43,7 @@ class Rendering:
     """One rendered view."""
 
     rgb: np.ndarray
-    """(H, W, 3) uint8 RGB, unlit albedo on a black background."""
+    """(H, W, 3) uint8 RGB, albedo on a black background, lit as the shading says."""
     depth: np.ndarray
     """(H, W) float32 z in the camera frame at the pixel centre, metres; 0 where nothing was hit."""
 
@@ -44,10 +56,11 @@ class Rendering:
 class MeshRenderer:
     """Renders meshes offscreen with a pinhole camera whose pixel centres are integers.
 
-    Surfaces are unlit (their colour is the albedo) and visible from both sides, so that a CAD file with
-    flipped faces looks the same. Vertex, face and material colours and textures are kept, transparency is
-    not; a mesh without colours is grey. Near and far plane are fitted to the objects of every call, so
-    nothing is clipped, whatever its size, and the depth buffer keeps its precision.
+    Surfaces are unlit (their colour is the albedo) unless a shading asks for a headlight, and visible from
+    both sides, so that a CAD file with flipped faces looks the same. Vertex, face and material colours and
+    textures are kept, transparency is not; a mesh without colours is grey. Near and far plane are fitted to
+    the objects of every call, so nothing is clipped, whatever its size, and the depth buffer keeps its
+    precision.
 
     A mesh is uploaded when it is first rendered and stays until it is garbage collected, `release` or
     `close`; after changing a mesh, release it. One renderer belongs to one thread, as an OpenGL context does.
@@ -57,15 +70,17 @@ class MeshRenderer:
     Args:
         antialias: 4 samples per pixel for the colours, as the released network's templates have, at about
             40 % of the speed. Depth and mask are always taken at the pixel centre.
+        shading: how surfaces are lit where a call says nothing else, see `Shading`.
 
     Attributes:
         backend: "egl" or "osmesa".
 
     Raises:
-        RenderError: neither EGL nor OSMesa works here.
+        RenderError: neither EGL nor OSMesa works here, or no such shading.
     """
 
-    def __init__(self, antialias: bool = False) -> None:
+    def __init__(self, antialias: bool = False, shading: Shading = "flat") -> None:
+        self.shading = _checked_shading(shading)
         with _SETTING_UP:
             self._pyrender, self.backend = opengl.import_pyrender()
             self._context = opengl.make_context(self.backend)
@@ -94,6 +109,7 @@ class MeshRenderer:
         K: np.ndarray,
         width: int,
         height: int,
+        shading: Shading | None = None,
     ) -> Rendering:
         """Render one object.
 
@@ -103,11 +119,12 @@ class MeshRenderer:
             K: (3, 3) intrinsics for pixel centres at integers; skew and any principal point are allowed.
             width: of the image, pixels.
             height: of the image, pixels.
+            shading: see `Shading`; None for the renderer's own.
 
         Raises:
             RenderError: the renderer is closed, an argument is malformed or not finite, or OpenGL fails.
         """
-        return self.render_scene([(mesh, T_cam_obj)], K, width, height)
+        return self.render_scene([(mesh, T_cam_obj)], K, width, height, shading)
 
     def render_scene(
         self,
@@ -115,10 +132,12 @@ class MeshRenderer:
         K: np.ndarray,
         width: int,
         height: int,
+        shading: Shading | None = None,
     ) -> Rendering:
         """Render several objects, or several instances of one, into one image. Arguments as in `render`."""
         if self._context is None:
             raise RenderError("this MeshRenderer was closed; make a new one")
+        shading = self.shading if shading is None else _checked_shading(shading)
         K = _checked(K, (3, 3), "K")
         if K[0, 0] <= 0 or K[1, 1] <= 0 or width < 1 or height < 1:
             raise RenderError(f"sizes must be positive: {width}x{height} pixels, K = {K.tolist()}")
@@ -129,8 +148,12 @@ class MeshRenderer:
         order = 0
         for mesh, T_cam_obj in items:
             T_cam_obj = _checked(T_cam_obj, (4, 4), "T_cam_obj")
-            for part in _parts(mesh):
-                upload = self._upload(part)
+            uploads = [(part, self._upload(part)) for part in _parts(mesh)]
+            lit = shading == "headlight" or (
+                shading == "auto" and _one_colour([upload.colours for _, upload in uploads])
+            )
+            for part, upload in uploads:
+                upload.shade(lit)
                 z = T_cam_obj[2, :3] @ upload.centre + T_cam_obj[2, 3]
                 # The rotation may carry a scale; its largest row norm bounds how far a point can move.
                 radius = upload.radius * np.linalg.norm(T_cam_obj[:3, :3], axis=1).max()
@@ -199,13 +222,19 @@ class _Upload:
         low, high = np.asarray(part.bounds, dtype=np.float64)
         self.centre: np.ndarray = (low + high) / 2.0
         self.radius = float(np.linalg.norm(high - low) / 2.0)
-        self._mesh = pyrender.Mesh(primitives=[_primitive(part, pyrender)])
+        primitive, self.colours = _primitive(part, pyrender)
+        self._mesh = pyrender.Mesh(primitives=[primitive])
         self._nodes: list[Any] = []
         self._shown = 0
 
     @property
     def dead(self) -> bool:
         return self._part() is None
+
+    def shade(self, lit: bool) -> None:
+        """Under the headlight from now on, or unlit."""
+        for primitive in self._mesh.primitives:
+            primitive.shaded = lit
 
     def place(self, scene: Any, instance: int, pose: np.ndarray, order: int) -> None:
         if instance == len(self._nodes):
@@ -240,40 +269,84 @@ def _checked(matrix: np.ndarray, shape: tuple[int, int], name: str) -> np.ndarra
     return matrix
 
 
-def _primitive(part: trimesh.Trimesh, pyrender: Any) -> Any:
-    """The part's geometry with its albedo, opaque (pyrender's own conversion darkens OBJ materials)."""
-    positions, faces = np.asarray(part.vertices), np.asarray(part.faces)
-    colours = uv = image = None
-    factor = np.ones(4)
+def shows_one_colour(mesh: ObjectMesh | Sequence[trimesh.Trimesh]) -> bool:
+    """Whether a mesh, rendered flat, is a mere silhouette: what ``auto`` puts a headlight on."""
+    return _one_colour([_range_of_colours(*_albedo(part)) for part in _parts(mesh)])
+
+
+def _one_colour(ranges: Sequence[np.ndarray]) -> bool:
+    """Of the lowest and highest colours (2, 3) of all parts, 0..255."""
+    if not ranges:
+        return False
+    low, high = np.min([low for low, _ in ranges], axis=0), np.max([high for _, high in ranges], axis=0)
+    return bool((high - low <= _ONE_COLOUR).all())
+
+
+def _range_of_colours(factor: np.ndarray, colours: np.ndarray | None, image: np.ndarray | None) -> np.ndarray:
+    """(2, 3) lowest and highest colour that a part can show, 0..255."""
+    pixels = colours if image is None else image
+    if pixels is None or not pixels.size:
+        return np.tile(255.0 * factor, (2, 1))
+    pixels = pixels[..., :3].reshape(-1, 3)
+    return np.stack([pixels.min(axis=0), pixels.max(axis=0)]) * factor
+
+
+def _checked_shading(shading: Shading) -> Shading:
+    if shading not in get_args(Shading):
+        raise RenderError(f"shading is {shading!r}; use one of {', '.join(get_args(Shading))}")
+    return shading
+
+
+def _albedo(part: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """RGB factor (3,) in 0..1, colours (n, 4) uint8 per vertex or face, and texture (H, W, 4) uint8."""
     visual = part.visual
     if visual.kind == "texture":
-        image, factor[:3] = _material_albedo(visual.material)
-        uv = None if visual.uv is None or len(visual.uv) != len(positions) else np.asarray(visual.uv)
-        if uv is None:
+        image, factor = _material_albedo(visual.material)
+        if visual.uv is None or len(visual.uv) != len(part.vertices):
             image = None
-    elif visual.kind == "vertex":
-        colours = np.asarray(visual.vertex_colors)
-    elif visual.kind == "face":
+        return factor, None, image
+    if visual.kind == "vertex":
+        return np.ones(3), np.asarray(visual.vertex_colors), None
+    if visual.kind == "face":
+        return np.ones(3), np.asarray(visual.face_colors), None
+    return np.array(NEUTRAL_GREY) / 255.0, None, None
+
+
+def _primitive(part: trimesh.Trimesh, pyrender: Any) -> tuple[Any, np.ndarray]:
+    """The part's geometry with its albedo, opaque (pyrender's own conversion darkens OBJ materials).
+
+    Returns:
+        it, and the range of its colours (2, 3).
+    """
+    positions, faces = np.asarray(part.vertices), np.asarray(part.faces)
+    normals = np.asarray(part.vertex_normals) if part.metadata.get(SMOOTH_NORMALS) else None
+    factor, colours, image = _albedo(part)
+    shown = _range_of_colours(factor, colours, image)
+    if part.visual.kind == "face":
+        normals = None if normals is None else normals[faces].reshape(-1, 3)
         positions, faces = positions[faces].reshape(-1, 3), np.arange(faces.size).reshape(-1, 3)
-        colours = np.repeat(np.asarray(visual.face_colors), 3, axis=0)
-    else:
-        factor[:3] = np.array(NEUTRAL_GREY) / 255.0
+        colours = np.repeat(colours, 3, axis=0)
     if colours is not None:
         colours = np.concatenate([colours[:, :3] / 255.0, np.ones((len(colours), 1))], axis=1)
     texture = None
     if image is not None:
         texture = pyrender.Texture(source=image, source_channels="RGBA")
     material = pyrender.MetallicRoughnessMaterial(
-        baseColorFactor=factor, baseColorTexture=texture, alphaMode="OPAQUE", doubleSided=True
+        baseColorFactor=np.append(factor, 1.0),
+        baseColorTexture=texture,
+        alphaMode="OPAQUE",
+        doubleSided=True,
     )
-    return pyrender.Primitive(
+    primitive = pyrender.Primitive(
         positions=positions,
+        normals=normals,
         indices=faces,
         color_0=colours,
-        texcoord_0=None if texture is None else uv,
+        texcoord_0=None if texture is None else np.asarray(part.visual.uv),
         material=material,
         mode=pyrender.GLTF.TRIANGLES,
     )
+    return primitive, shown
 
 
 def _material_albedo(material: Any) -> tuple[np.ndarray | None, np.ndarray]:
