@@ -1,16 +1,20 @@
-"""What the node's tests share: a world to look at, the node as a process, a client that talks to it."""
+"""What the node's tests and the soak share: a world to look at, the node as a process, a client that talks to
+it."""
 
 from __future__ import annotations
 
 import array
+import ctypes
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,43 +162,75 @@ def segments_message(
 # The node.
 
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """In a child process: SIGKILL when its parent ends, however it ends; nothing is left running."""
+    _libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+
+
 class NodeProcess:
-    """``python -m picopose_ros.node`` as its own process, with its log in a file.
+    """``python -m picopose_ros.node`` as its own process, with its log in a file that outlives it.
 
     Args:
-        folder: for the log.
+        folder: for the log; a node that is started again goes on in it.
         domain: ROS_DOMAIN_ID.
         namespace: of the node.
         parameters: given on the command line.
+        environment: variables besides those of this process.
     """
 
-    def __init__(self, folder: Path, domain: int, namespace: str, **parameters: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        domain: int,
+        namespace: str,
+        parameters: Mapping[str, object],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "node.log"
         self.namespace = namespace
         self.domain = domain
-        command = [sys.executable, "-m", "picopose_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
-        # The tests' networks are untrained: no pose of theirs would reach the default.
-        for name, value in {"min_score": 0.0, **parameters}.items():
+        self._command = [sys.executable, "-m", "picopose_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
+        for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            command += ["-p", f"{name}:={text}"]
-        environment = {
-            **os.environ,
-            "ROS_DOMAIN_ID": str(domain),
-            "ROS_LOG_DIR": str(folder),
-            "OMP_NUM_THREADS": "1",
-        }
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self._command += ["-p", f"{name}:={text}"]
+        own = {"ROS_DOMAIN_ID": str(domain), "ROS_LOG_DIR": str(folder)}
+        self._environment = {**os.environ, **own, **(environment or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; its readiness shows on the graph."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.poll() is None
 
     @property
     def log(self) -> str:
         """Everything the node has said."""
-        return self.log_path.read_text(errors="replace")
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def lines(self, reason: str) -> int:
         """How many lines of the log give this reason."""
         return self.log.count(f"[{reason}]")
+
+    def resident_bytes(self) -> int:
+        """Its resident memory."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * _PAGE
 
     def wait(self, timeout: float = DEADLINE) -> int:
         """Exit code, once the process has ended."""
@@ -204,27 +240,40 @@ class NodeProcess:
         """Until the log has ``text``; fails when the process ends first."""
         end = time.monotonic() + timeout
         while text not in self.log:
-            assert self.process.poll() is None, f"the node ended: {self.log}"
+            assert self.alive, f"the node ended: {self.log}"
             assert time.monotonic() < end, f"no {text!r} in: {self.log}"
             time.sleep(0.05)
 
-    def stop(self) -> int:
-        """SIGINT, and the exit code."""
-        if self.process.poll() is None:
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.alive:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self, timeout: float = DEADLINE) -> int:
+        """SIGINT and the exit code; SIGKILL and -9 if that takes too long, 0 if it never ran."""
+        if self.process is None:
+            return 0
+        if self.alive:
             self.process.send_signal(signal.SIGINT)
-        return self.wait()
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return self.process.returncode
 
 
 @contextmanager
 def running_node(folder: Path, domain: int, namespace: str, **parameters: object) -> Iterator[NodeProcess]:
     """A node that is gone at the end, whatever happened."""
-    node = NodeProcess(folder, domain, namespace, **parameters)
+    # The tests' networks are untrained: no pose of theirs would reach the default.
+    values = {"min_score": 0.0, **parameters}
+    node = NodeProcess(folder, domain, namespace, values, {"OMP_NUM_THREADS": "1"})
+    node.start()
     try:
         yield node
     finally:
-        if node.process.poll() is None:
-            node.process.kill()
-            node.process.wait()
+        node.kill()
 
 
 @contextmanager
@@ -253,6 +302,15 @@ def local_node(**parameters: object) -> Iterator[PicoPoseNode]:
 # The client.
 
 
+OF_A_PART = frozenset(
+    {
+        *("bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
+        *("bad_frame_id", "no_transform", "no_overlay"),
+    }
+)
+"""Reasons that drop a segment or an output beside the detections: the segmentation is still answered."""
+
+
 class Client:
     """A camera, a segmenter and a listener in this process, on a domain of their own.
 
@@ -260,16 +318,23 @@ class Client:
         domain: ROS_DOMAIN_ID.
         namespace: of the node under test.
         image_reliability: of the image publisher.
+
+    Attributes:
+        answers: how often each stamp (ns) was answered.
+        diagnostics: the last status of every node, by name.
+        publishers: by the name of the input.
     """
 
     def __init__(
         self, domain: int, namespace: str, image_reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE
     ) -> None:
         self._context = Context()
-        rclpy.init(context=self._context, domain_id=domain)
+        rclpy.init(context=self._context, domain_id=domain, args=[])
         self.node = rclpy.create_node("client", namespace=namespace, context=self._context)
+        self._status_name = f"{self.node.get_namespace()}/picopose_node: pose estimation"
         self._changed = threading.Condition()
         self._detections: dict[int, Detection3DArray] = {}
+        self.answers: Counter[int] = Counter()
         self._transforms: dict[int, list] = {}
         self.diagnostics: dict[str, DiagnosticStatus] = {}
         self.diagnostic_stamp = 0
@@ -278,6 +343,11 @@ class Client:
         self.image = self.node.create_publisher(Image, "image", camera_qos)
         self.camera_info = self.node.create_publisher(CameraInfo, "camera_info", camera_qos)
         self.segmentation = self.node.create_publisher(SegmentArray, "segmentation", 50)
+        self.publishers = {
+            "image": self.image,
+            "camera_info": self.camera_info,
+            "segmentation": self.segmentation,
+        }
         self.node.create_subscription(Detection3DArray, "detections", self._on_detections, 50)
         self.node.create_subscription(TFMessage, "/tf", self._on_tf, 100)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
@@ -301,7 +371,9 @@ class Client:
 
     def _on_detections(self, message: Detection3DArray) -> None:
         with self._changed:
-            self._detections[stamp_to_nanoseconds(message.header.stamp)] = message
+            stamp = stamp_to_nanoseconds(message.header.stamp)
+            self._detections[stamp] = message
+            self.answers[stamp] += 1
             self._changed.notify_all()
 
     def _on_tf(self, message: TFMessage) -> None:
@@ -319,24 +391,33 @@ class Client:
                 self.diagnostics[status.name] = status
             self._changed.notify_all()
 
-    def wait_for(self, condition: Callable[[], object], what: str, timeout: float = DEADLINE) -> object:
-        """The first true value of ``condition``, looked at after every message (and ten times a second)."""
-        end = time.monotonic() + timeout
+    def wait(self, condition: Callable[[], object], seconds: float) -> object:
+        """The first true value of ``condition``, or the last one once the time is over.
+
+        It is looked at after every message, and ten times a second.
+        """
+        end = time.monotonic() + seconds
         with self._changed:
-            while not (value := condition()):
-                assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
+            while not (value := condition()) and time.monotonic() < end:
                 self._changed.wait(0.1)
         return value
+
+    def wait_for(self, condition: Callable[[], object], what: str, timeout: float = DEADLINE) -> object:
+        """The first true value of ``condition``; fails when the time is over."""
+        value = self.wait(condition, timeout)
+        assert value, f"waited {timeout:g} s for {what}"
+        return value
+
+    def connected(self) -> bool:
+        """Whether somebody listens to all publishers."""
+        return all(publisher.get_subscription_count() for publisher in self.publishers.values())
 
     def wait_until_connected(self, node: NodeProcess) -> None:
         """Until the node listens and this client is connected to all its topics; the node is ready then."""
 
         def connected() -> bool:
-            assert node.process.poll() is None, f"the node ended: {node.log}"
-            inputs = (self.image, self.camera_info, self.segmentation)
-            return all(publisher.get_subscription_count() for publisher in inputs) and bool(
-                self.node.count_publishers(f"{node.namespace}/detections")
-            )
+            assert node.alive, f"the node ended: {node.log}"
+            return self.connected() and bool(self.node.count_publishers(f"{node.namespace}/detections"))
 
         self.wait_for(connected, "the node's subscriptions")
 
@@ -344,7 +425,7 @@ class Client:
         """Until the node is on the graph with its inputs, whose QoS need not match this client's yet."""
 
         def listening() -> bool:
-            assert node.process.poll() is None, f"the node ended: {node.log}"
+            assert node.alive, f"the node ended: {node.log}"
             return bool(self.node.count_subscribers(f"{node.namespace}/segmentation"))
 
         self.wait_for(listening, "the node's subscriptions")
@@ -374,8 +455,7 @@ class Client:
 
     def detections_within(self, stamp: int, seconds: float) -> Detection3DArray | None:
         """The answer with this stamp if it comes in time."""
-        end = time.monotonic() + seconds
-        self.wait_for(lambda: self.answered(stamp) or time.monotonic() > end, "an answer or the time to pass")
+        self.wait(lambda: self.answered(stamp), seconds)
         return self._detections.get(stamp)
 
     def answered_since(self, stamp: int) -> int:
@@ -402,18 +482,55 @@ class Client:
         self.send_segments(scene.segments, stamp)
         return self.detections(stamp)
 
+    # What the diagnostics say.
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The last diagnostics of the node; empty if there were none."""
+        status = self.diagnostics.get(self._status_name)
+        return {pair.key: pair.value for pair in status.values} if status else {}
+
+    def forget_diagnostics(self) -> None:
+        """Forget what the node said of itself so far."""
+        with self._changed:
+            self.diagnostics.pop(self._status_name, None)
+
     def diagnostic_values(self, condition: Callable[[dict[str, str]], object], what: str) -> dict[str, str]:
         """The first diagnostics of the node from now on that fulfil ``condition``."""
-        name = f"{self.node.get_namespace()}/picopose_node: pose estimation"
-        with self._changed:
-            self.diagnostics.pop(name, None)
+        self.forget_diagnostics()
 
         def values() -> dict[str, str] | None:
-            status = self.diagnostics.get(name)
-            found = {pair.key: pair.value for pair in status.values} if status else {}
+            found = self.values
             return found if found and condition(found) else None
 
         return self.wait_for(values, what)
+
+    def ready(self) -> bool:
+        """Whether the node says that it is active, and its topics are connected.
+
+        The graph alone does not tell: for seconds it holds a node that was killed.
+        """
+        return self.values.get("state") == "active" and self.connected()
+
+    def count(self, key: str) -> int:
+        """A counter of the node's, 0 if it is not there."""
+        return int(self.values.get(key, 0))
+
+    def dropped(self) -> dict[str, int]:
+        """Segmentations that were not answered, by reason."""
+        found = {}
+        for key, value in self.values.items():
+            reason = re.fullmatch(r"dropped_(\w+)", key)
+            if reason and reason[1] not in OF_A_PART:
+                found[reason[1]] = int(value)
+        return found
+
+    def latency(self, stage: str) -> float | None:
+        """Median of a stage in milliseconds, as the node tells it."""
+        found = re.search(r"median ([\d.]+)", self.values.get(f"latency_{stage}_ms", ""))
+        return float(found[1]) if found else None
+
+    # Services.
 
     def call(self, service: str, kind: type, request: object = None, timeout: float = DEADLINE) -> Any:
         """The response of one of the node's services."""

@@ -1,6 +1,7 @@
 """The ROS 2 node: the only place that imports rclpy.
 
-``node.py`` is the managed node: life cycle, topics, publishing. ``parameters.py`` declares what can be set,
+``node.py`` puts the node together from three parts: ``lifecycle.py``, the transitions of a managed node;
+``listener.py``, its inputs; ``answers.py``, its outputs. ``parameters.py`` declares what can be set,
 ``subscriptions.py`` makes topics whose QoS can be overridden, ``pairing.py`` finds the image of a
 segmentation, ``frames.py`` and ``masks.py`` read them, ``worker.py`` keeps the slow work off the executor,
 ``engine.py`` does it with the objects of ``objects.py``. ``conversions.py`` and ``markers.py`` are pure

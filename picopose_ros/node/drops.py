@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class DropReason(str, Enum):
@@ -91,6 +94,23 @@ class DropLog:
         if due:
             more = f" ({earlier} more like it since the last line)" if earlier else ""
             self._log(f"[{reason.value}] {message}{more}")
+
+    def record_crash(self, error: Exception) -> None:
+        """Count an error that nobody expected."""
+        trace = "".join(traceback.format_exception(error))
+        self.record(DropReason.INTERNAL_ERROR, f"unexpected error, please report it: {trace}")
+
+    def guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """``callback``, with whatever it raises recorded instead of ending the node."""
+
+        @functools.wraps(callback)
+        def guarded(*args: Any) -> None:
+            try:
+                callback(*args)
+            except Exception as error:  # noqa: BLE001 (one bad message must not end the node)
+                self.record_crash(error)
+
+        return guarded
 
     def snapshot(self) -> dict[DropReason, DropCount]:
         """The counters now, in the order of :class:`DropReason`; reasons that never happened are absent."""

@@ -83,11 +83,12 @@ def main(argv: list[str]) -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="picopose_soak_"))
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Only now: these import rclpy.
+    # Only now: these import rclpy. The harness is the tests'.
+    sys.path.append(str(ROOT / "test"))
     import phases
     import report
-    from client import Client
-    from node import NodeProcess
+    from node_harness import Client, NodeProcess
+    from peers import NAMESPACE
     from world import demo_world, load_views
 
     started = time.monotonic()
@@ -97,8 +98,9 @@ def main(argv: list[str]) -> int:
         meshes, recording = demo_world(folder / "world", args.frames)
     parameters = {"mesh_dir": meshes, "cache_dir": folder / "cache", "device": "cpu"}
     parameters |= dict(word.split(":=", 1) for word in args.parameter)
-    views, node = load_views(recording), NodeProcess(folder / "node.log", parameters)
-    soak = phases.Soak(folder, recording, views, node, Client(), args.image_rate, args.segmentation_rate)
+    views, node = load_views(recording), NodeProcess(folder, args.domain, f"/{NAMESPACE}", parameters)
+    client = Client(args.domain, NAMESPACE)
+    soak = phases.Soak(folder, recording, views, node, client, args.image_rate, args.segmentation_rate)
     signal.signal(signal.SIGTERM, end)
     try:
         seconds = soak.start_node()

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from client import Client
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from malformed import Case, cases
-from node import NodeProcess, Peer
+from node_harness import Client, NodeProcess
+from peer import Peer
 from report import Check
-from world import View
+from world import View, stamped
 
 PATIENCE = 180.0
 """Seconds that an answer, a start or the news in the diagnostics may take; never slept through."""
@@ -75,6 +75,16 @@ class Soak:
             self._next_view = itertools.cycle(self.views)
         return next(self._next_view)
 
+    def ask(self) -> float | None:
+        """Milliseconds until a good frame was answered, or None if it was not in time."""
+        view, stamp = self.view(), time.time_ns()
+        started = time.monotonic()
+        for topic, publisher in self.client.publishers.items():
+            publisher.publish(stamped(getattr(view, topic), stamp))
+        if not self.client.wait(lambda: stamp in self.client.answers, PATIENCE):
+            return None
+        return 1e3 * (time.monotonic() - started)
+
     def publisher(self, log: str = "sent.log", segmentation_rate: float | None = None) -> Peer:
         """A camera with its segmenter."""
         rate = self.segmentation_rate if segmentation_rate is None else segmentation_rate
@@ -104,9 +114,9 @@ class Soak:
             SoakError: it ended, or took too long.
         """
         started = time.monotonic()
-        self.client.forget()
+        self.client.forget_diagnostics()
         self.node.start()
-        if not self.client.wait_for(lambda: self.client.ready() or not self.node.alive, 10 * PATIENCE):
+        if not self.client.wait(lambda: self.client.ready() or not self.node.alive, 10 * PATIENCE):
             raise SoakError(f"the node was not ready after {10 * PATIENCE:g} s; see {self.node.log_path}")
         if not self.node.alive:
             raise SoakError(f"the node ended; see {self.node.log_path}")
@@ -114,8 +124,8 @@ class Soak:
 
     def news(self) -> None:
         """Wait for diagnostics that were sent from now on."""
-        self.client.forget()
-        if not self.client.wait_for(lambda: self.client.values, PATIENCE):
+        self.client.forget_diagnostics()
+        if not self.client.wait(lambda: self.client.values, PATIENCE):
             raise SoakError(f"no diagnostics came in {PATIENCE:g} s; see {self.node.log_path}")
 
 
@@ -123,17 +133,17 @@ def load(soak: Soak, duration: float) -> None:
     """Images and segmentations at a steady rate: memory, and what becomes of every segmentation."""
     soak.news()
     client = soak.client
-    before_dropped, before_answered = sum(client.dropped().values()), len(client.answered)
+    before_dropped, before_answered = sum(client.dropped().values()), len(client.answers)
     publisher = soak.publisher()
     memory: list[tuple[float, int]] = []
-    if not client.wait_for(lambda: publisher.new_stamps, PATIENCE):
+    if not client.wait(lambda: publisher.new_stamps, PATIENCE):
         raise SoakError("the publisher sent nothing")
     started = time.monotonic()
     while (now := time.monotonic() - started) < duration:
         if not soak.node.alive:
             raise SoakError(f"the node ended under load; see {soak.node.log_path}")
         memory.append((now, soak.node.resident_bytes()))
-        client.wait_for(lambda: False, min(1.0, max(duration - now, 0.05)))
+        client.wait(lambda: False, min(1.0, max(duration - now, 0.05)))
     soak.news()
     busy = {stage: client.latency(stage) for stage in LAYER}
     publisher.stop()
@@ -141,11 +151,11 @@ def load(soak: Soak, duration: float) -> None:
 
     def unaccounted() -> int:
         dropped = sum(client.dropped().values()) - before_dropped
-        return len(sent) - (len(client.answered) - before_answered) - dropped
+        return len(sent) - (len(client.answers) - before_answered) - dropped
 
-    client.wait_for(lambda: client.values and unaccounted() == 0, PATIENCE)
+    client.wait(lambda: client.values and unaccounted() == 0, PATIENCE)
     dropped = sum(client.dropped().values()) - before_dropped
-    answered = sum(stamp in client.answered for stamp in sent)
+    answered = sum(stamp in client.answers for stamp in sent)
     seconds = (sent[-1] - sent[0]) / 1e9 if len(sent) > 1 else duration
     image = soak.views[0].image
     soak.tell("load", f"{soak.image_rate:g} Hz images of {image.width}x{image.height} for {seconds:.0f} s")
@@ -157,14 +167,14 @@ def load(soak: Soak, duration: float) -> None:
         "all",
         answered + dropped == len(sent),
     )
-    soak.tell("answered twice", str(sum(n > 1 for n in client.answered.values())), "0", _once(client))
+    soak.tell("answered twice", str(sum(n > 1 for n in client.answers.values())), "0", _once(client))
     _memory(soak, memory)
     waits = ", ".join(f"{stage} {value:.1f}" for stage, value in busy.items() if value is not None)
     soak.tell("median ms under load, waiting for the busy estimator included", waits)
 
 
 def _once(client: Client) -> bool:
-    return all(count == 1 for count in client.answered.values())
+    return all(count == 1 for count in client.answers.values())
 
 
 def _memory(soak: Soak, memory: list[tuple[float, int]]) -> None:
@@ -196,13 +206,13 @@ def publisher_dies(soak: Soak) -> None:
     client = soak.client
 
     def answers(publisher: Peer) -> int:
-        return sum(stamp in client.answered for stamp in publisher.new_stamps)
+        return sum(stamp in client.answers for stamp in publisher.new_stamps)
 
     first = soak.publisher("killed.log")
-    alive = client.wait_for(lambda: answers(first) >= 2, PATIENCE)
+    alive = client.wait(lambda: answers(first) >= 2, PATIENCE)
     first.kill()
     second = soak.publisher("killed.log")
-    again = client.wait_for(lambda: answers(second) >= 2, PATIENCE)
+    again = client.wait(lambda: answers(second) >= 2, PATIENCE)
     second.stop()
     soak.tell(
         "kill -9 of the publisher, another one starts",
@@ -214,18 +224,17 @@ def publisher_dies(soak: Soak) -> None:
 
 def listener_dies(soak: Soak) -> None:
     """Somebody who listens to the detections is killed and comes again."""
-    client = soak.client
 
     def heard(listener: Peer) -> bool:
         end = time.monotonic() + PATIENCE
         while not listener.new_stamps and time.monotonic() < end:
-            client.ask(soak.view(), PATIENCE)
+            soak.ask()
         return bool(listener.new_stamps)
 
     first = soak.listener()
     alive = heard(first)
     first.kill()
-    between = client.ask(soak.view(), PATIENCE) is not None
+    between = soak.ask() is not None
     second = soak.listener()
     again = heard(second)
     second.stop()
@@ -235,18 +244,18 @@ def listener_dies(soak: Soak) -> None:
 
 def reader_stalls(soak: Soak, asks: int) -> None:
     """A reliable subscriber that stops reading must hold up nobody else."""
-    client, listener = soak.client, soak.listener("stalled.log")
+    listener = soak.listener("stalled.log")
     end = time.monotonic() + PATIENCE
     while not listener.new_stamps and time.monotonic() < end:
-        client.ask(soak.view(), PATIENCE)
-    before = [client.ask(soak.view(), PATIENCE) for _ in range(asks)]
+        soak.ask()
+    before = [soak.ask() for _ in range(asks)]
     listener.freeze()
-    during = [client.ask(soak.view(), PATIENCE) for _ in range(asks)]
+    during = [soak.ask() for _ in range(asks)]
     listener.thaw()
     seen = len(listener.new_stamps)
     end = time.monotonic() + PATIENCE
     while len(listener.new_stamps) <= seen and time.monotonic() < end:
-        client.ask(soak.view(), PATIENCE)
+        soak.ask()
     listener.stop()
     fine = None not in during and len(listener.new_stamps) > seen
     times = f", median {median(before):.0f} ms before, {median(during):.0f} ms meanwhile" if fine else ""
@@ -284,11 +293,10 @@ def malformed(soak: Soak, count: int, number: int) -> None:
             for where, messages in zip(places, frames):
                 if where == place:
                     for name, spoilt in messages:
-                        soak.client.publish(name, spoilt)
-            message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, 1_000_000_000)
-            soak.client.publish(topic, message)
+                        soak.client.publishers[name].publish(spoilt)
+            soak.client.publishers[topic].publish(stamped(message, stamp))
         good += 1
-        answered += soak.client.wait_for(lambda: stamp in soak.client.answered, PATIENCE)
+        answered += bool(soak.client.wait(lambda: stamp in soak.client.answers, PATIENCE))
         if not soak.node.alive:
             raise SoakError(f"the node ended after {[case.kind for case in batch]}; see {soak.node.log_path}")
 
@@ -324,10 +332,10 @@ def malformed(soak: Soak, count: int, number: int) -> None:
 def node_dies(soak: Soak) -> None:
     """The node is killed while images and segmentations come, and started again."""
     client, publisher = soak.client, soak.publisher("through.log")
-    client.wait_for(lambda: publisher.new_stamps, PATIENCE)
+    client.wait(lambda: publisher.new_stamps, PATIENCE)
     soak.node.kill()
-    seconds, before = soak.start_node(), set(client.answered)
-    fine = client.wait_for(lambda: set(publisher.new_stamps) & set(client.answered) - before, PATIENCE)
+    seconds, before = soak.start_node(), set(client.answers)
+    fine = client.wait(lambda: set(publisher.new_stamps) & set(client.answers) - before, PATIENCE)
     publisher.stop()
     found = f"{_answered(fine)}, ready after {seconds:.1f} s"
     soak.tell("kill -9 of the node, started again", found, "answered", fine)
@@ -339,7 +347,7 @@ def latency(soak: Soak, asks: int) -> None:
     The node tells it over its last hundred segmentations, so this wants a fresh one.
     """
     publisher = soak.publisher("images.log", segmentation_rate=0.0)
-    times = [soak.client.ask(soak.view(), PATIENCE) for _ in range(asks)]
+    times = [soak.ask() for _ in range(asks)]
     soak.news()
     publisher.stop()
     client = soak.client

@@ -1,0 +1,252 @@
+"""What the node answers: detections, TF, markers and the overlay, with names that last."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rclpy.node import Node
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+from tf2_msgs.msg import TFMessage
+from vision_msgs.msg import Detection3DArray
+from visualization_msgs.msg import MarkerArray
+
+from picopose_ros.errors import MeshError, RenderError
+from picopose_ros.estimator import ObjectPose
+from picopose_ros.node.conversions import (
+    detections_message,
+    image_from_rgb,
+    pose_in_frame,
+    transform_from_pose,
+)
+from picopose_ros.node.diagnostics import Latencies
+from picopose_ros.node.drops import DropLog, DropReason
+from picopose_ros.node.frames import Frame
+from picopose_ros.node.markers import MeshResource, clearing_markers, marker_array, mesh_resources
+from picopose_ros.node.objects import ObjectSet
+from picopose_ros.node.pairing import Pair
+from picopose_ros.node.parameters import NodeParameters
+from picopose_ros.node.subscriptions import OutputPublisher
+from picopose_ros.node.transforms import TargetFrame, TransformUnknown
+from picopose_ros.overlay import OverlayPainter
+from picopose_ros.templates.meshes import ObjectSpec
+from picopose_ros.tracking import InstanceTracker, TrackedPose
+
+try:
+    from tf2_ros import TransformBroadcaster
+except ImportError:  # a plain machine has tf2_msgs, but no tf2_ros
+    TransformBroadcaster = None
+
+
+class Answers:
+    """The publishers of a node, and the names of the instances that they are about.
+
+    :meth:`open`, :meth:`use_objects`, then :meth:`publish` and :meth:`show` for each image, then
+    :meth:`close`. These are for the worker's thread, or for while it has nothing to do; the rest is for any.
+
+    Args:
+        node: owner of the publishers; a lifecycle node.
+        drops: what can't be published is recorded there.
+        latencies: how long the overlay takes is recorded there.
+
+    Attributes:
+        frames, poses: published since the node was started.
+    """
+
+    def __init__(self, node: Node, drops: DropLog, latencies: Latencies) -> None:
+        self._node = node
+        self._drops = drops
+        self._latencies = latencies
+        self._broadcaster = TransformBroadcaster(node) if TransformBroadcaster is not None else None
+        self._outputs: dict[str, OutputPublisher] = {}
+        self._target: TargetFrame | None = None
+        self._image_topic = ""
+        self._specs: Mapping[str, ObjectSpec] = {}
+        self._painter: OverlayPainter | None = None
+        self._mesh_resources: dict[str, MeshResource] = {}
+        self._epoch = 0
+        # Shared by the worker and the executor's threads.
+        self._lock = threading.Lock()
+        self._tracker: InstanceTracker | None = None
+        self._last_answer: tuple[float, float, Header] | None = None
+        self.frames = 0
+        self.poses = 0
+
+    def open(self, p: NodeParameters, image_topic: str) -> None:
+        """Make the publishers; they work once the node is active.
+
+        Args:
+            p: the node's parameters. image_topic: of the images that are answered, for the messages.
+
+        Raises:
+            ConfigError: a QoS override that can't be used.
+        """
+        self._image_topic = image_topic
+        self._epoch = 0
+        with self._lock:
+            self._tracker = InstanceTracker(
+                timeout=p.instance_timeout, max_distance=p.instance_distance, smoothing=p.smoothing
+            )
+        kinds: list[tuple[str, type, str, int]] = [
+            ("detections", Detection3DArray, "detections", 10),
+            ("markers", MarkerArray, "markers", 10),
+            ("overlay", Image, "overlay", 1),
+        ]
+        if self._broadcaster is None:
+            kinds.append(("tf", TFMessage, "/tf", 100))
+        if p.target_frame:
+            kinds.append(("target", Detection3DArray, "detections_in_target_frame", 10))
+        for name, kind, topic, depth in kinds:
+            self._outputs[name] = OutputPublisher(self._node, kind, topic, depth)
+        if p.target_frame:
+            self._target = TargetFrame(self._node, p.target_frame)
+
+    def close(self) -> None:
+        """Leave the topics, let go of everything; the worker has ended."""
+        if self._target is not None:
+            self._target.close()
+        for output in self._outputs.values():
+            output.destroy()
+        self._outputs = {}
+        self._target = self._painter = None
+        self._specs, self._mesh_resources = {}, {}
+        with self._lock:
+            self._tracker = self._last_answer = None
+
+    def use_objects(self, objects: ObjectSet) -> None:
+        """From now on these are the objects."""
+        self._specs = objects.specs
+        with self._lock:
+            self._tracker.set_symmetries({name: spec.symmetries for name, spec in objects.specs.items()})
+        try:
+            self._mesh_resources = mesh_resources(objects.specs)
+        except MeshError as error:
+            self._mesh_resources = {}
+            self._node.get_logger().warning(f"no meshes among the markers: {error}")
+        self.close_painter()
+
+    def use_parameters(self, p: NodeParameters) -> None:
+        """Take over what can be set at any time; for any thread."""
+        with self._lock:
+            if self._tracker is not None:
+                self._tracker.settings = p.smoothing
+                self._tracker.timeout = p.instance_timeout
+                self._tracker.max_distance = p.instance_distance
+
+    @property
+    def names(self) -> list[str] | None:
+        """Of the instances that are there or may come back; None before :meth:`open`."""
+        with self._lock:
+            return None if self._tracker is None else self._tracker.names
+
+    def problems(self) -> list[str]:
+        """Who listens in vain."""
+        return [problem for one in list(self._outputs.values()) for problem in one.problems()]
+
+    def forget(self) -> None:
+        """Forget all instances and delete all markers."""
+        with self._lock:
+            self._tracker.clear()
+            self._tracker.retired()
+            self._last_answer = None
+        self.clear_markers()
+
+    def clear_markers(self) -> None:
+        """Delete all markers, also those of a node that was killed before this one started."""
+        header = Header(stamp=self._node.get_clock().now().to_msg())
+        self._outputs["markers"].publish(clearing_markers(header))
+
+    def publish(
+        self, poses: list[ObjectPose], pair: Pair, p: NodeParameters
+    ) -> tuple[list[TrackedPose], list[str]]:
+        """Publish the poses of an image; returns them with their names, and names that are no more."""
+        header: Header = pair.image.header
+        T_target_cam = None
+        in_tf = self._fit_for_tf(header, poses, p)
+        if self._target is not None and in_tf:
+            try:
+                T_target_cam = self._target.lookup(header)
+            except TransformUnknown as error:
+                self._drops.record(DropReason.NO_TRANSFORM, str(error))
+        stamp = pair.stamp * 1e-9
+        with self._lock:
+            if pair.epoch != self._epoch:
+                self._tracker.clear()
+                self._epoch = pair.epoch
+            tracked = self._tracker.update(stamp, poses, T_target_cam)
+            retired = self._tracker.retired()
+            self._last_answer = stamp, time.monotonic(), header
+        names, poses = [one.name for one in tracked], [one.pose for one in tracked]
+        self._outputs["detections"].publish(detections_message(poses, names, header))
+        if T_target_cam is not None:
+            there = [pose_in_frame(pose, T_target_cam) for pose in poses]
+            target_header = Header(stamp=header.stamp, frame_id=self._target.name)
+            self._outputs["target"].publish(detections_message(there, names, target_header))
+        if p.publish_tf and poses and in_tf:
+            self._send_transforms([self._transform(one, header, p.tf_prefix) for one in tracked])
+        self.frames += 1
+        self.poses += len(poses)
+        return tracked, retired
+
+    def show(self, tracked: list[TrackedPose], retired: list[str], frame: Frame, header: Header) -> None:
+        """Publish what is for the eye only: markers, and the overlay where somebody looks."""
+        if tracked or retired:
+            self._outputs["markers"].publish(marker_array(tracked, retired, header, self._mesh_resources))
+        if self._outputs["overlay"].wanted:
+            started = time.monotonic()
+            if self._painter is None:
+                self._painter = OverlayPainter(self._specs)
+            try:
+                picture = self._painter.paint(frame.rgb, frame.camera, tracked)
+            except RenderError as error:
+                self._drops.record(DropReason.NO_OVERLAY, f"the overlay can't be drawn: {error}")
+                return
+            self._outputs["overlay"].publish(image_from_rgb(picture, header))
+            self._latencies.record({"overlay": 1e3 * (time.monotonic() - started)})
+
+    def close_painter(self) -> None:
+        """Let go of the overlay's renderer; on the thread that painted."""
+        if self._painter is not None:
+            self._painter.close()
+            self._painter = None
+
+    def retire_instances(self) -> None:
+        """Retire instances also when no segmentations come; on the executor, while the worker is idle."""
+        markers = self._outputs.get("markers")
+        if markers is None:
+            return
+        with self._lock:
+            if self._tracker is None or self._last_answer is None:
+                return
+            stamp, when, header = self._last_answer
+            self._tracker.expire(stamp + time.monotonic() - when)
+            retired = self._tracker.retired()
+        if retired:
+            markers.publish(marker_array([], retired, header, self._mesh_resources))
+
+    def _fit_for_tf(self, header: Header, poses: list[ObjectPose], p: NodeParameters) -> bool:
+        """Whether an image's frame can be one of TF's; told if it should be and can't."""
+        fit = bool(header.frame_id) and not header.frame_id.startswith("/")
+        if not fit and poses and (p.publish_tf or p.target_frame):
+            self._drops.record(
+                DropReason.BAD_FRAME_ID,
+                f"images on {self._image_topic} have frame_id '{header.frame_id}', which can't be a "
+                "TF parent: set it in the camera driver, without a leading slash",
+            )
+        return fit
+
+    def _transform(self, one: TrackedPose, header: Header, prefix: str) -> Any:
+        """The TF frame of an instance: named by the object's frame_id, if objects.yaml gives it one."""
+        class_id = one.pose.class_id
+        spec = self._specs.get(class_id)
+        name = (spec.frame_id if spec is not None else None) or class_id
+        return transform_from_pose(one.pose, name + one.name.removeprefix(class_id), header, prefix)
+
+    def _send_transforms(self, transforms: list[Any]) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.sendTransform(transforms)
+        else:
+            self._outputs["tf"].publish(TFMessage(transforms=transforms))
