@@ -110,7 +110,7 @@ def test_autostart_that_fails_leaves_it_unconfigured_with_the_reason(
     client: Client, node: NodeProcess, scene: Scene
 ) -> None:
     # The failure is known before the transition has ended.
-    values = client.diagnostic_values(lambda v: "failure" in v and v["state"] == "unconfigured", "the failure")
+    values = client.diagnostic_values(lambda v: "failure" in v and v["state"] == "unconfigured", "a failure")
     assert client.state() == "unconfigured"
     assert "mesh directory /nowhere does not exist" in values["failure"]
     status = client.diagnostics["/cell/picopose_node: pose estimation"]
