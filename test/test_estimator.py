@@ -13,11 +13,11 @@ import trimesh
 from oracle import OracleModel, Placed
 
 from picopose_ros.errors import CameraError, CheckpointError, ConfigError, ImageError, MeshError
+from picopose_ros.estimation.solving import hypothesis_quality
 from picopose_ros.estimator import (
     EstimatorSettings,
     ObjectPose,
     PoseEstimator,
-    hypothesis_quality,
     torch_device,
 )
 from picopose_ros.geometry.cameras import CameraModel
@@ -467,7 +467,7 @@ def test_the_background_is_left_where_it_is_asked_for(world, three):
     rgb, _, segments = world.picture(three[:1])
     rgb = np.where(segments[0].mask[..., None], rgb, 200)
     crops = [
-        world.estimator(keep_background=keep)._prepare(rgb, segments)[0][0].crop for keep in (False, True)
+        world.estimator(keep_background=keep)._crop(rgb, segments)[0][0].crop for keep in (False, True)
     ]
     outside = crops[0] != crops[1]
     assert outside.any() and (crops[0].min() < crops[1].min())

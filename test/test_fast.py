@@ -14,11 +14,10 @@ import trimesh
 from parity import parity_model
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.estimator import EstimatorSettings, PoseEstimator
+from picopose_ros.estimator import EstimatorSettings, Hypothesis, PoseEstimator, resolve_precision
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
-from picopose_ros.inference import Hypothesis, resolve_precision
 from picopose_ros.model import load_model
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.matching import bank_scores, match_scores_masked, match_scores_released
@@ -84,7 +83,7 @@ def hypotheses(
     estimator: PoseEstimator, world: World, which: slice = slice(None), **options
 ) -> list[list[Hypothesis]]:
     """Per segment, what the network says, best match first."""
-    queries, skipped = estimator._prepare(world.rgb, world.segments[which])
+    queries, skipped = estimator._crop(world.rgb, world.segments[which])
     assert not skipped
     with torch.inference_mode():
         encoded = estimator._encode(queries)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from picopose_ros.confidence import Calibration, fit_calibration
+from picopose_ros.estimation.confidence import Calibration, fit_calibration
 from picopose_ros.evaluation.metrics import (
     MISSING,
     MSPD_THRESHOLDS,

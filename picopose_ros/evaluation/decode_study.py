@@ -25,11 +25,11 @@ from tqdm import tqdm
 from picopose_ros import __version__
 from picopose_ros.cli.options import add_onboarding_arguments, positive
 from picopose_ros.errors import ConfigError
+from picopose_ros.estimation.solving import hypothesis_quality
 from picopose_ros.estimator import (
     EstimatorSettings,
     Hypothesis,
     PoseEstimator,
-    hypothesis_quality,
     torch_device,
 )
 from picopose_ros.evaluation.metrics import (

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from picopose_ros.estimator import EstimatorSettings, PoseEstimator
-from picopose_ros.inference import Choice, Hypothesis, Query
+from picopose_ros.estimator import Choice, EstimatorSettings, Hypothesis, PoseEstimator, Query
 from picopose_ros.model import Features, PicoPose
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.offsets import lookup_volume
@@ -96,7 +95,7 @@ class ReleasedEstimator(PoseEstimator):
         self, queries: Sequence[Query], features: Features, chosen: Sequence[Choice], part: Sequence[int]
     ) -> list[Hypothesis]:
         """One hypothesis of every segment of a chunk."""
-        rows = [chosen[i][0] for i in part]
+        rows = [chosen[i].query for i in part]
         pairs = [(queries[row].bank, chosen[i][1]) for row, i in zip(rows, part)]
         template = self.model.encode(torch.cat([bank.crops([t]) for bank, t in pairs]).to(self.device))
         masks = torch.from_numpy(np.stack([queries[row].mask for row in rows])).to(self.device)

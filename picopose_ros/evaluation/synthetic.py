@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.cli.options import add_onboarding_arguments, positive
-from picopose_ros.confidence import Calibration, fit_calibration
 from picopose_ros.errors import ConfigError
+from picopose_ros.estimation.confidence import Calibration, fit_calibration
 from picopose_ros.estimator import (
     EstimatorSettings,
     HypothesisTrace,
     ObjectPose,
     PoseEstimator,
+    Precision,
     SegmentTrace,
     torch_device,
 )
@@ -60,7 +61,6 @@ from picopose_ros.evaluation.stages import (
     with_true_flow,
 )
 from picopose_ros.geometry.crops import crop_box_from_mask
-from picopose_ros.inference import Precision
 from picopose_ros.model import load_model, model_fingerprint
 from picopose_ros.model.checkpoint import save_calibration, weights_path
 from picopose_ros.segmentation import Segment

@@ -74,7 +74,7 @@ class PicoPose(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Slope and offset of `picopose_ros.confidence.Calibration`; measured, and kept with the weights.
+        # Slope and offset of the confidence's `Calibration`; measured, and kept with the weights.
         self.calibration: tuple[float, float] = (1.0, 0.0)
         tap_dims = config.backbone.tap_dims
         self.backbone = make_backbone(config.backbone)

@@ -20,7 +20,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.inference import Precision
+from picopose_ros.estimator import Precision
 from picopose_ros.smoothing import SmoothingSettings
 
 

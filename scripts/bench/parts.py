@@ -20,7 +20,7 @@ from simulated import simulated_banks, simulated_image
 
 from picopose_ros.demo.objects import write_meshes
 from picopose_ros.errors import PicoPoseError
-from picopose_ros.estimator import EstimatorSettings, PoseEstimator
+from picopose_ros.estimator import EstimatorSettings, PoseEstimator, resolve_precision
 from picopose_ros.evaluation.metrics import (
     MISSING,
     VsdScorer,
@@ -33,7 +33,6 @@ from picopose_ros.evaluation.metrics import (
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.evaluation.scenes import Scene, make_scenes
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.inference import resolve_precision
 from picopose_ros.model import PicoPose, load_model, model_fingerprint
 from picopose_ros.model.fast import Schedule
 from picopose_ros.segmentation import Segment

@@ -1,0 +1,111 @@
+"""How poses are computed: the estimator's settings, its precision and its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from picopose_ros.errors import ConfigError
+from picopose_ros.geometry.correspondences import DecodeMode
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""What the network computes in; see `resolve_precision`."""
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """How poses are computed.
+
+    Attributes:
+        hypotheses: templates tried per segment.
+        decode: ``subpixel``, or ``reference`` for the released network's decode, PnP and choice.
+        ransac_threshold_px: largest reprojection error of an inlier in *crop* pixels, because that is what
+            the network's errors scale with; ``reference`` always takes 2 image pixels.
+        ransac_iterations: most RANSAC draws; ``reference`` always takes 150.
+        correlated_pairs: this many correspondences have a common error and count as one measurement in the
+            covariance; measured with the tiny preset on the demo and on synthetic scenes (docs/poses.md),
+            depth bias included.
+        rerank: this many of the best matching templates are ordered by how well their matches agree on one
+            motion (`match_agreement`) before the hypotheses are taken; 0: by the match score alone, as in
+            the paper. Only used with presets whose stage 2 starts from such a motion.
+        second_look: run stage 3 once more for the best pose, from the template nearest to it and the affine
+            that the pose implies; the better of the two poses is published. Not in the paper.
+        min_mask_pixels: segments with fewer visible pixels are skipped.
+        max_batch: most crops or hypotheses that go through the network at once.
+        template_cache_mb: memory for the features of recently used templates (stages 2 and 3).
+        precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        prune: number of hypotheses per segment that go through the last grid of stage 3, chosen after the
+            coarser grids; 0: all of them.
+        compile: a backend of `torch.compile` (``inductor``, ``cudagraphs``) for the network, or "" for none.
+            Batches are filled up to the sizes that :meth:`PoseEstimator.warm_up` compiles in minutes.
+        keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
+    """
+
+    hypotheses: int = 5
+    decode: DecodeMode = "subpixel"
+    ransac_threshold_px: float = 4.0
+    ransac_iterations: int = 1000
+    correlated_pairs: float = 780.0
+    rerank: int = 64
+    second_look: bool = False
+    min_mask_pixels: int = 32
+    max_batch: int = 16
+    template_cache_mb: int = 512
+    precision: Precision = "auto"
+    prune: int = 0
+    compile: str = ""
+    keep_background: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hypotheses", "ransac_iterations", "min_mask_pixels", "max_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in ("ransac_threshold_px", "correlated_pairs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive")
+        for name in ("template_cache_mb", "prune", "rerank"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must not be negative")
+        resolve_precision(self.precision, torch.device("cpu"))
+        if self.compile and self.compile not in torch._dynamo.list_backends(()):
+            known = ", ".join(torch._dynamo.list_backends())
+            raise ConfigError(f"compile is '{self.compile}', choose one of {known}, or '' for none")
+        if self.decode not in ("reference", "subpixel"):
+            raise ConfigError(f"decode is '{self.decode}', choose 'subpixel' or 'reference'")
+
+
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The type that matrix products are computed in.
+
+    ``auto`` is fp16 on CUDA, bf16 on a CPU with matrix units for it (AMX; without them fp32 is faster), and
+    fp32 elsewhere.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if amx else torch.float32
+    if name not in get_args(Precision):
+        raise ConfigError(f"precision is '{name}', choose one of {', '.join(get_args(Precision))}")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}' doesn't exist; choose cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device '{name}' isn't there: PyTorch sees {count} CUDA devices; choose cpu")
+    return device
