@@ -65,9 +65,10 @@ class World:
             self.vits_banks[name] = replace(few, descriptors=descriptors.half().numpy())
 
     def make(self, kind: type[PoseEstimator], preset: str, schedule: Schedule | None = None, **settings):
+        """An estimator, in fp32 unless said: what "auto" means depends on the processor."""
         model, banks = (self.tiny, self.banks) if preset == "tiny" else (self.vits, self.vits_banks)
         options = {} if schedule is None else {"schedule": schedule}
-        return kind(model, banks, EstimatorSettings(**settings), **options)
+        return kind(model, banks, EstimatorSettings(**{"precision": "fp32", **settings}), **options)
 
 
 def turn(vector: tuple[float, float, float]) -> np.ndarray:
