@@ -16,7 +16,10 @@ from oracle import OracleModel, Placed
 
 from picopose_ros.cli.main import main
 from picopose_ros.estimator import EstimatorSettings, Hypothesis, PoseEstimator
+from picopose_ros.evaluation.benchmark import Benchmark
+from picopose_ros.evaluation.figures import bottleneck, figures, summarise
 from picopose_ros.evaluation.metrics import BopErrors, PoseErrors
+from picopose_ros.evaluation.records import PoseFigures, Record
 from picopose_ros.evaluation.scenes import make_scenes
 from picopose_ros.evaluation.stages import (
     TrueMap,
@@ -27,7 +30,6 @@ from picopose_ros.evaluation.stages import (
     true_map,
     viewpoints,
 )
-from picopose_ros.evaluation.synthetic import Benchmark, PoseFigures, Record, bottleneck, figures, summarise
 from picopose_ros.model import PRESETS, PicoPose, load_model, save_model
 from picopose_ros.model.affine import initial_flow
 from picopose_ros.segmentation import Segment

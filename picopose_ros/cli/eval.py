@@ -10,5 +10,4 @@ COMMANDS = {
     "bop": Command("picopose_ros.evaluation.bop.run", "poses of a BOP dataset, as the official csv"),
     "score": Command("picopose_ros.evaluation.score", "VSD, MSSD, MSPD and AR of a results csv"),
     "tables": Command("picopose_ros.evaluation.tables", "the paper's tables for a BOP dataset"),
-    "decode": Command("picopose_ros.evaluation.decode_study", "decodes and PnP variants against each other"),
 }
