@@ -16,6 +16,7 @@ from mini_bop import BOX, CAN, DRILL, TWICE, MiniBop
 
 from picopose_ros.cli.main import main
 from picopose_ros.evaluation.bop.dataset import BopDataset, GroundTruth
+from picopose_ros.evaluation.bop.errors import Own
 from picopose_ros.evaluation.bop.results import HEADER, BopRow, write_results
 from picopose_ros.evaluation.metrics import (
     RECALL_THRESHOLDS,
@@ -30,7 +31,7 @@ from picopose_ros.evaluation.metrics import (
     translation_error,
     vsd_of_distances,
 )
-from picopose_ros.evaluation.score import Own, hits_of, make_group
+from picopose_ros.evaluation.score import hits_of, make_group
 from picopose_ros.templates.meshes import Symmetries
 
 KINDS = ("plain", "discrete", "continuous", "both")

@@ -22,7 +22,8 @@ from picopose_ros.estimator import EstimatorSettings, PoseEstimator, SegmentTrac
 from picopose_ros.evaluation.bop.dataset import BopDataset
 from picopose_ros.evaluation.bop.detections import BopDetections, Selection
 from picopose_ros.evaluation.bop.results import BopRow
-from picopose_ros.evaluation.bop.run import MIN_MASK_PIXELS, estimate_image
+from picopose_ros.evaluation.bop.run import estimate_image
+from picopose_ros.evaluation.bop.setup import MIN_MASK_PIXELS
 from picopose_ros.geometry.correspondences import cell_centres_in_image, decode_correspondences
 from picopose_ros.geometry.crops import (
     crop_box_from_mask,

@@ -10,7 +10,7 @@ import numpy as np
 
 from picopose_ros.estimation.confidence import Calibration, fit_calibration
 from picopose_ros.evaluation.benchmark import Benchmark
-from picopose_ros.evaluation.metrics import MISSING, area_under_roc, bop_recalls, reliability
+from picopose_ros.evaluation.metrics import ADD_SHARES, MISSING, area_under_roc, bop_recalls, reliability
 from picopose_ros.evaluation.records import SUBSTITUTIONS, PairFigures, PoseFigures, Record
 from picopose_ros.evaluation.stages import STAGES, certainty_figures
 
@@ -76,7 +76,10 @@ def _pose_figures(poses: Sequence[PoseFigures | None]) -> dict[str, Any]:
     return {
         "answered": len(found),
         "from_affine": sum(pose.source == "affine" for pose in found),
-        "add_recall": _mean([pose is not None and pose.errors.correct for pose in poses]),
+        **{
+            name.replace("add", "add_recall"): _mean([p is not None and p.errors.within(s) for p in poses])
+            for name, s in ADD_SHARES.items()
+        },
         "rotation_deg": _median([pose.errors.rotation_deg for pose in found] + missing),
         "translation_mm": _median([1e3 * pose.errors.translation for pose in found] + missing),
         "translation_diameters": _median(

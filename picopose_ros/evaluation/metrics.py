@@ -33,6 +33,9 @@ RECALL_THRESHOLDS = np.arange(0.05, 0.51, 0.05)
 MSPD_THRESHOLDS = np.arange(5.0, 51.0, 5.0)
 """Pixels in an image of `MSPD_WIDTH`."""
 
+ADD_SHARES = {"add_02d": 0.02, "add_05d": 0.05, "add": 0.1}
+"""By name of the recall: the share of the diameter that ADD(-S) stays below. The last is the usual one."""
+
 MSPD_WIDTH = 640
 """Width of the image that MSPD thresholds are stated for, pixels."""
 
@@ -431,7 +434,11 @@ class PoseErrors:
     @property
     def correct(self) -> bool:
         """ADD(-S) below a tenth of the diameter."""
-        return self.add < 0.1 * self.diameter
+        return self.within(ADD_SHARES["add"])
+
+    def within(self, share: float) -> bool:
+        """ADD(-S) below a share of the diameter."""
+        return self.add < share * self.diameter
 
 
 def pose_errors(

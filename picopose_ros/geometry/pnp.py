@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -15,10 +14,6 @@ _MIN_PAIRS = 4
 _DRAWN_FROM = 600
 _REFINE_ROUNDS = 5
 _LM_STEPS = 20
-
-Draw = Callable[[np.ndarray, np.ndarray, np.ndarray, float, int], tuple[np.ndarray, np.ndarray] | None]
-"""A RANSAC: pixels (n, 2), points (n, 3), K (3, 3), threshold in px and most draws -> pose (4, 4) and the
-indices of its inliers, or None."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,6 @@ def solve_pose(
     threshold: float = 2.0,
     iterations: int = 1000,
     refine: bool = True,
-    draw: Draw | None = None,
 ) -> PoseSolution | None:
     """PnP with RANSAC.
 
@@ -58,7 +52,6 @@ def solve_pose(
             own; there with 150 draws and 2 px). True draws three, which finds a pose among far more outliers
             in the same time, then polishes by least squares on the inliers and picks the inliers anew until
             they stay the same.
-        draw: another RANSAC than these two, for who compares them.
 
     Returns:
         The solution, or None where there is none: fewer than four pairs, no agreement, object behind the
@@ -70,7 +63,7 @@ def solve_pose(
     uv = np.ascontiguousarray(corr.uv[finite])
     xyz = np.ascontiguousarray(corr.xyz[finite])
     K = np.asarray(K, np.float64)
-    draw = draw or (draw_three if refine else draw_five)
+    draw = _draw_three if refine else _draw_five
     try:
         start = draw(uv, xyz, K, threshold, iterations)
     except cv2.error:  # degenerate draws end in an assertion inside OpenCV
@@ -89,7 +82,7 @@ def solve_pose(
     return PoseSolution(pose, finite[chosen], len(chosen) / len(finite), covariance)
 
 
-def draw_five(
+def _draw_five(
     uv: np.ndarray, xyz: np.ndarray, K: np.ndarray, threshold: float, iterations: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The released network's RANSAC: (pose, inlier indices) or None; arguments as of :func:`solve_pose`.
@@ -105,7 +98,7 @@ def draw_five(
     return make_transform(cv2.Rodrigues(rvec)[0], tvec), inliers.ravel()
 
 
-def draw_three(
+def _draw_three(
     uv: np.ndarray, xyz: np.ndarray, K: np.ndarray, threshold: float, iterations: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """OpenCV's USAC with minimal draws from some of the pairs: (pose, indices of all inliers) or None.

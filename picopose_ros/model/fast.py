@@ -52,7 +52,6 @@ class Schedule:
             False: with every hypothesis.
         local_lookup: correlations are looked up without the volume of all pairs of cells.
         winograd: large 3x3 convolutions on a CPU in fp32 by Winograd's method.
-        channels_last: maps in that memory layout.
         bank_product: stage 1 is one product per object of a bank as it is with the patches inside all masks;
             False: per segment with a converted copy, and with all patches.
         parallel_pnp: hypotheses' poses are solved in threads while the network goes on.
@@ -61,7 +60,6 @@ class Schedule:
     template_parts: bool = True
     local_lookup: bool = True
     winograd: bool = True
-    channels_last: bool = True
     bank_product: bool = True
     parallel_pnp: bool = True
 
@@ -251,9 +249,8 @@ class _Conv:
         pays = kernel == 3 and channels >= _WINOGRAD_CHANNELS and weight.device.type == "cpu"
         if schedule.winograd and pays:
             self._winograd = WinogradConv(weight, bias)
-        if schedule.channels_last:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        self._weight, self._bias, self._padding = weight, bias, kernel // 2
+        self._weight = weight.contiguous(memory_format=torch.channels_last)
+        self._bias, self._padding = bias, kernel // 2
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._winograd is not None and not torch.is_autocast_enabled("cpu"):

@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # what needs torch comes after the command line was understoo
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
 PARTS = {
-    "network": "parts",
-    "ablation": "parts",
-    "tiny": "parts",
-    "precision": "parts",
-    "accuracy": "parts",
-    "memory": "parts",
-    "onboarding": "parts",
-    "ros": "parts",
+    "network": "estimating",
+    "ablation": "estimating",
+    "tiny": "estimating",
+    "precision": "estimating",
+    "accuracy": "accuracy",
+    "memory": "memory",
+    "onboarding": "onboarding",
+    "ros": "ros",
     "curves_tiny": "curves",
     "curves_large": "curves",
     "hundreds": "curves",

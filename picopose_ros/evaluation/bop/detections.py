@@ -59,9 +59,7 @@ class BopDetections:
         """(scene, image) that the file speaks of."""
         return set(self._images)
 
-    def select(
-        self, targets: Sequence[Target], size: tuple[int, int], cap: int | None = None
-    ) -> Selection:
+    def select(self, targets: Sequence[Target], size: tuple[int, int], cap: int | None = None) -> Selection:
         """What the released code selects: as many detections of an object as are asked for, surest first.
 
         An object of whose class nothing was detected in the image gets all detections of the image, as if

@@ -9,82 +9,30 @@ the csv.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from picopose_ros import __version__
-from picopose_ros.cli.options import add_network_arguments, positive
+from picopose_ros.cli.options import positive
 from picopose_ros.cnos import Problems
-from picopose_ros.errors import CameraError, ConfigError, DatasetError, ImageError, MeshError
-from picopose_ros.estimator import EstimatorSettings, PoseEstimator, torch_device
+from picopose_ros.errors import CameraError, ConfigError, DatasetError, ImageError
+from picopose_ros.estimator import PoseEstimator
 from picopose_ros.evaluation.bop.dataset import BopDataset
 from picopose_ros.evaluation.bop.detections import NO_SCORE, NOTHING_DETECTED, BopDetections
 from picopose_ros.evaluation.bop.journal import ImageRecord, Journal
 from picopose_ros.evaluation.bop.results import BopRow, write_results
+from picopose_ros.evaluation.bop.setup import BopRun, add_estimation_arguments
 from picopose_ros.evaluation.report import plain, table, write_atomically
-from picopose_ros.model import PicoPose, load_model, model_fingerprint
-from picopose_ros.model.checkpoint import preset_of
-from picopose_ros.templates.bank import onboard
-from picopose_ros.templates.meshes import mesh_digest
-
-MIN_MASK_PIXELS = 9
-"""Segments with fewer visible pixels are skipped. (Of those the released code makes a crop of the detection's
-box whose affine is wrong.)"""
 
 NO_POSE = "segment without a pose"
 
 _ORDINARY = {NOTHING_DETECTED, NO_SCORE, NO_POSE}
 """Problems that every dataset has and that nothing can be done about."""
-
-
-def load_bop_estimator(
-    dataset: BopDataset,
-    model: PicoPose,
-    settings: EstimatorSettings,
-    device: str = "cpu",
-    viewpoints: int = 162,
-    cache_dir: str | Path | None = None,
-) -> PoseEstimator:
-    """An estimator of a dataset's objects, whose templates are made or taken from the cache.
-
-    Args:
-        dataset: whose models are taken. model: in evaluation mode. settings: how poses are computed.
-        device, viewpoints, cache_dir: as in ``PoseEstimator.from_mesh_dir``.
-    Raises:
-        DatasetError: the targets name an object that there is no model of.
-        MeshError: a model that they ask for can't be used.
-        ConfigError, RenderError: as ``PoseEstimator.from_mesh_dir``.
-    """
-    check_objects(dataset)
-    onboarding = onboard(dataset.models_dir, model, viewpoints, "mm", cache_dir, device, progress=True)
-    asked = {dataset.models[target.obj_id].class_id for target in dataset.targets}
-    failed = {name: reason for name, reason in onboarding.failed.items() if name in asked}
-    if failed:
-        raise MeshError(f"the targets ask for objects that can't be used: {'; '.join(failed.values())}")
-    return PoseEstimator(model, onboarding.banks, settings, device)
-
-
-def check_objects(dataset: BopDataset) -> None:
-    """Look whether there is a model of everything that is asked for.
-
-    Raises:
-        DatasetError: there isn't; names the entry.
-    """
-    for index, target in enumerate(dataset.targets):
-        if target.obj_id not in dataset.models:
-            known = ", ".join(map(str, sorted(dataset.models)))
-            raise DatasetError(
-                f"{dataset.targets_path}, entry {index}: asks for object {target.obj_id}, but "
-                f"{dataset.models_dir} holds {known}"
-            )
 
 
 def estimate_image(
@@ -145,39 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_estimation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is estimated, and how."""
-    add_dataset_arguments(parser)
-    parser.add_argument(
-        "--detections", type=Path, required=True, metavar="CNOS.json", help="what CNOS found in its images"
-    )
-    parser.add_argument("--preset", help="size of the network; by default the one the weights are made for")
-    add_network_arguments(parser)
-    parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
-    parser.add_argument(
-        "--decode",
-        choices=("subpixel", "reference"),
-        default=EstimatorSettings().decode,
-        help="how correspondences become a pose; reference: as the released code (%(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default=EstimatorSettings().precision,
-        help="what the network computes in (%(default)s); the released code: fp32",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-
-
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which dataset."""
-    parser.add_argument(
-        "--root", type=Path, required=True, metavar="DIR", help="folder of the BOP datasets' folders"
-    )
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="the dataset's folder: lmo, tless")
-    parser.add_argument("--split", default="test", help="folder of its scenes (test)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Estimate what isn't estimated yet; 1 if something could not be used.
 
@@ -185,61 +100,22 @@ def run(args: argparse.Namespace) -> int:
         PicoPoseError: input that can't be used, or a folder with another run.
     """
     rank, world, device = this_process(args.device)
-    dataset = BopDataset(args.root, args.dataset, args.split)
-    detections = BopDetections(args.detections)
-    images = dataset.images[: args.limit]
-    if not images:
-        raise DatasetError(f"{dataset.targets_path}: asks for nothing")
-    check_objects(dataset)
-    settings = EstimatorSettings(
-        args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS, precision=args.precision
-    )
-    preset = args.preset or preset_of(args.weights)
-    model = load_model(preset, args.weights, torch_device(device))
-    about = {
-        "version": __version__,
-        "preset": preset,
-        "weights": model_fingerprint(model),
-        "models": _digest("".join(mesh_digest(spec) for spec in dataset.models.values()).encode()),
-        "dataset": f"{dataset.name}, {dataset.split_dir.name}",
-        "targets": _digest(dataset.targets_path.read_bytes()),
-        "detections": _digest(args.detections.read_bytes()),
-        "viewpoints": args.viewpoints,
-        "score": args.score,
-        "cap": args.cap,
-        **asdict(settings),
-    }
+    bop = BopRun.prepare(args, device)
+    about = {**bop.about, "score": args.score, "cap": args.cap}
     journal = Journal(args.out, about, rank)
+
+    def measure_with(estimator: PoseEstimator) -> Callable[[int, int], ImageRecord]:
+        return partial(estimate_image, estimator, bop.dataset, bop.detections, score=args.score, cap=args.cap)
+
     try:
-        done = {key for key, record in journal.read().items() if not record.failed}
-        own = images[rank::world]
-        missing = [key for key in own if key not in done]
-        if missing:
-            estimator = load_bop_estimator(
-                dataset, model, settings, device, args.viewpoints, args.cache_dir
-            )
-            bar = tqdm(
-                total=len(own),
-                initial=len(own) - len(missing),
-                unit="image",
-                desc=dataset.name,
-                disable=None if rank == 0 else True,
-            )
-            with bar:
-                for scene_id, image_id in missing:
-                    journal.add(
-                        estimate_image(
-                            estimator, dataset, detections, scene_id, image_id, args.score, args.cap
-                        )
-                    )
-                    bar.update()
+        bop.complete(journal, bop.images[rank::world], measure_with, quiet=rank != 0)
         with journal.merging():
             records = journal.read()
-            if not all(key in records for key in images):
-                left = sum(key not in records for key in images)
+            left = sum(key not in records for key in bop.images)
+            if left:
                 print(f"process {rank}: done; the others still have {left} images")
                 return 0
-            return _finish(args, dataset, detections, about, [records[key] for key in images])
+            return _finish(args, bop, about, [records[key] for key in bop.images])
     finally:
         journal.close()
 
@@ -262,20 +138,13 @@ def this_process(device: str) -> tuple[int, int, str]:
     return rank, world, f"cuda:{local}" if device == "cuda" and world > 1 else device
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def _finish(
-    args: argparse.Namespace,
-    dataset: BopDataset,
-    detections: BopDetections,
-    about: Mapping[str, Any],
-    records: Sequence[ImageRecord],
+    args: argparse.Namespace, bop: BopRun, about: Mapping[str, Any], records: Sequence[ImageRecord]
 ) -> int:
     """Write csv and report, say how it went."""
     rows = [row for record in records for row in record.rows]
-    problems = Problems([*detections.problems.entries, *(e for r in records for e in r.problems)])
+    dataset = bop.dataset
+    problems = Problems([*bop.detections.problems.entries, *(e for r in records for e in r.problems)])
     failed = [record for record in records if record.failed]
     if len(failed) == len(records):
         details = "".join(f"\n{line}" for line in problems.lines())
