@@ -23,14 +23,13 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from picopose_ros import __version__
-from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.cli.options import add_onboarding_arguments, load_network, positive, settle_unit
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation.solving import hypothesis_quality
 from picopose_ros.estimator import (
     EstimatorSettings,
     Hypothesis,
     PoseEstimator,
-    torch_device,
 )
 from picopose_ros.evaluation.metrics import (
     MSPD_THRESHOLDS,
@@ -51,7 +50,7 @@ from picopose_ros.geometry.correspondences import Correspondences, DecodeMode, d
 from picopose_ros.geometry.crops import CELL, GRID, crop_box_from_mask, crop_mask
 from picopose_ros.geometry.pnp import Draw, PoseSolution, draw_five, draw_three, solve_pose
 from picopose_ros.geometry.poses import make_transform
-from picopose_ros.model import load_model, model_fingerprint
+from picopose_ros.model import model_fingerprint
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, onboard
 from picopose_ros.templates.meshes import ObjectMesh, load_object
@@ -559,8 +558,8 @@ def run(args: argparse.Namespace) -> int:
     if args.document is not None:
         check_writable(args.document)
         _around(args.document)
-    device = torch_device(args.device)
-    model = load_model(args.preset, args.weights, device)
+    settle_unit(args)
+    model, device = load_network(args)
     onboarding = onboard(
         args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True
     )

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError, cKDTree
-from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.errors import ConfigError, DatasetError
@@ -45,6 +44,7 @@ from picopose_ros.evaluation.metrics import (
 )
 from picopose_ros.evaluation.report import check_writable, number, plain, share, table, write_atomically
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectMesh, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
@@ -458,7 +458,7 @@ class Scorer:
         """
         total, by_object = Tally(), dict[int, Tally]()
         used = 0
-        bar = tqdm(groups(self.dataset, rows, images), unit="target", disable=None if progress else True)
+        bar = progress_bar(groups(self.dataset, rows, images), unit="target", hidden=not progress)
         for group in bar:
             hits = self.hits(group)
             used += len(group.estimates)

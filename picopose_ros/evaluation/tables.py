@@ -20,7 +20,6 @@ from typing import Any
 import cv2
 import numpy as np
 from scipy.ndimage import map_coordinates
-from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.cnos import Problems
@@ -52,6 +51,7 @@ from picopose_ros.geometry.correspondences import fit_similarity
 from picopose_ros.geometry.crops import CROP_SIZE, GRID
 from picopose_ros.model import load_model, model_fingerprint
 from picopose_ros.model.checkpoint import preset_of
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectMesh, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import spread_viewpoints
@@ -467,7 +467,7 @@ def run(args: argparse.Namespace) -> int:
             estimator = load_bop_estimator(
                 dataset, model, settings, args.device, args.viewpoints, args.cache_dir
             )
-            bar = tqdm(total=len(images), initial=len(images) - len(missing), unit="image", disable=None)
+            bar = progress_bar(None, len(images), unit="image", initial=len(images) - len(missing))
             with MeshRenderer() as renderer, bar:
                 measured = Tables(estimator, dataset, detections, renderer)
                 for key in missing:
@@ -510,7 +510,7 @@ def _report(
             errors[name] += values
     variants = {}
     with Scorer(dataset, chosen) as scorer:
-        for name, own in tqdm(rows.items(), unit="variant", disable=None):
+        for name, own in progress_bar(rows.items(), unit="variant"):
             variants[name] = scorer.score(own, images)["overall"]
             file = name.replace(": ", "-").replace(" ", "_")
             write_results(args.out / f"{file}_{dataset.name}-{dataset.split_dir.name}.csv", own)

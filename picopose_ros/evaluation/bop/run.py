@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.cli.options import add_network_arguments, positive
@@ -32,6 +31,7 @@ from picopose_ros.evaluation.bop.results import BopRow, write_results
 from picopose_ros.evaluation.report import plain, table, write_atomically
 from picopose_ros.model import PicoPose, load_model, model_fingerprint
 from picopose_ros.model.checkpoint import preset_of
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.bank import onboard
 from picopose_ros.templates.meshes import mesh_digest
 
@@ -218,13 +218,8 @@ def run(args: argparse.Namespace) -> int:
             estimator = load_bop_estimator(
                 dataset, model, settings, device, args.viewpoints, args.cache_dir
             )
-            bar = tqdm(
-                total=len(own),
-                initial=len(own) - len(missing),
-                unit="image",
-                desc=dataset.name,
-                disable=None if rank == 0 else True,
-            )
+            before = len(own) - len(missing)
+            bar = progress_bar(None, len(own), dataset.name, "image", before, hidden=rank != 0)
             with bar:
                 for scene_id, image_id in missing:
                     journal.add(
