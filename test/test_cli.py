@@ -117,22 +117,22 @@ def broken(desk: Desk, name: str) -> tuple[list[str], str]:
         return desk.estimate(camera="zeros.json"), "zeros.json: camera: focal lengths are 0"
     if name == "camera of another size":
         desk.write("big.json", {**desk.camera, "width": 640})
-        return desk.estimate(camera="big.json"), "640x240"
+        return desk.estimate(camera="big.json"), "big.json: the camera is of 640x240 pixels"
     if name == "segments are no list":
         return desk.estimate(segments="camera.json"), "camera.json: expected a JSON list"
     if name == "no meshes":
         (desk.folder / "none").mkdir(exist_ok=True)
-        return desk.estimate(meshes="none"), "none"
+        return desk.estimate(meshes="none"), "--meshes: mesh directory"
     if name == "weights are text":
-        return desk.estimate(weights="camera.json"), "camera.json"
+        return desk.estimate(weights="camera.json"), "--weights: "
     if name == "unknown preset":
-        return desk.estimate("--preset", "huge"), "huge"
+        return desk.estimate("--preset", "huge"), "--preset: preset 'huge'"
     if name == "unknown device":
-        return desk.estimate("--device", "abacus"), "abacus"
+        return desk.estimate("--device", "abacus"), "--device: device 'abacus'"
     if name == "overlay nowhere":
-        return desk.estimate("--overlay", str(desk.folder / "no" / "folder.png")), "folder.png"
+        return desk.estimate("--overlay", str(desk.folder / "no" / "folder.png")), "--overlay: the folder"
     if name == "overlay of no kind":
-        return desk.estimate("--overlay", str(desk.folder / "overlay.doc")), "overlay.doc"
+        return desk.estimate("--overlay", str(desk.folder / "overlay.doc")), "--overlay: "
     raise KeyError(name)
 
 
@@ -196,7 +196,8 @@ def test_as_a_process_it_is_quick_to_say_no_and_says_it_plainly(desk):
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr.strip() == f"picopose estimate: {desk.folder / 'nowhere.json'}: No such file or directory"
+        done.stderr.strip()
+        == f"picopose estimate: --camera: {desk.folder / 'nowhere.json'}: No such file or directory"
     )
     code = (
         "import sys; from picopose_ros.cli.main import main\n"

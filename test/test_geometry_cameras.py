@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,33 +115,6 @@ def test_unusable_calibrations_are_explained(changes, message):
     broken = CameraModel(**{"K": K, "width": 640, "height": 480, **changes})
     with pytest.raises(CameraError, match=message):
         broken.validate()
-
-
-def test_camera_file_round_trip(tmp_path):
-    path = tmp_path / "camera.json"
-    path.write_text(json.dumps(camera("plumb_bob").to_dict()))
-    back = CameraModel.from_json(path)
-    np.testing.assert_array_equal(back.K, K)
-    assert (back.width, back.height, back.D) == (640, 480, LENSES["plumb_bob"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "no JSON"),
-        ("[1]", "object"),
-        ('{"width": 4, "height": 3}', "K missing"),
-        ('{"K": [1, 2, 3], "width": 4, "height": 3}', "9 numbers"),
-        ('{"K": "abc", "width": 4, "height": 3}', "abc"),
-        ('{"K": [0,0,0,0,0,0,0,0,0], "width": 4, "height": 3}', "uncalibrated"),
-    ],
-)
-def test_broken_camera_files_are_explained(tmp_path, text, message):
-    path = tmp_path / "cam.json"
-    path.write_text(text)
-    with pytest.raises(CameraError, match=message) as caught:
-        CameraModel.from_json(path)
-    assert "cam.json" in str(caught.value)
 
 
 # CameraInfo. The stereo pair is the real calibration that image_geometry's own tests use.

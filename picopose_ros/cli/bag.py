@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rosbags.interfaces import Connection
-from tqdm import tqdm
 
 from picopose_ros import bags
 from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
@@ -21,6 +20,7 @@ from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 from picopose_ros.images import image_to_rgb
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import Symmetries, discover_objects
 from picopose_ros.tracking import InstanceTracker, TrackedPose
 
@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target.exists():
         raise BagError(f"bag {args.target} exists already: give a folder that doesn't")
     estimator = load_estimator(args)
-    with tqdm(unit="frame", disable=None) as bar:
+    with progress_bar(unit="frame") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

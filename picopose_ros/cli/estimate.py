@@ -5,27 +5,52 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
+from picopose_ros.cli.options import (
+    CLASS_HELP,
+    add_onboarding_arguments,
+    blaming,
+    check_output,
+    join_numbers,
+    known_classes,
+    load_estimator,
+    positive,
+)
+from picopose_ros.errors import ConfigError, SegmentError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from picopose_ros.estimator import EstimateResult, ObjectPose
+    from picopose_ros.segmentation import Segment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-
-    def required(name: str, metavar: str, text: str) -> None:
-        parser.add_argument(name, required=True, type=Path, metavar=metavar, help=text)
-
     parser.add_argument("image", metavar="IMAGE", type=Path, help="image file, as the camera took it")
-    required("--camera", "K.json", "{K: [9 numbers], width, height, distortion_model, D}")
-    required("--segments", "SEG.json", "[{class_id, score, size: [h, w], counts: [run lengths]}] or CNOS")
-    required("--meshes", "DIR", "folder with one mesh per object")
+    parser.add_argument(
+        "--camera",
+        required=True,
+        metavar="FILE|FX FY CX CY",
+        help="intrinsics: four numbers in pixels; JSON (K, width, height, distortion_model, D; BOP's "
+        "camera.json or scene_camera.json; MegaPose's camera_data.json); YAML of a ROS camera_info",
+    )
+    parser.add_argument(
+        "--segments",
+        required=True,
+        type=Path,
+        action="append",
+        metavar="SEG",
+        help="a mask (PNG) per object, given as often as there are objects; a label image; a JSON of "
+        "segments ([{class_id, score, size: [h, w], counts: [run lengths]}]) or of CNOS",
+    )
+    parser.add_argument("--class", dest="classes", metavar="NAME", action="append", help=CLASS_HELP)
+    parser.add_argument(
+        "--meshes", required=True, type=Path, metavar="DIR", help="folder with one mesh per object"
+    )
     add_onboarding_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
     parser.add_argument(
@@ -36,13 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Estimate and print; 1 if no segment got a pose."""
-    from picopose_ros.geometry.cameras import CameraModel
-    from picopose_ros.segmentation import segments_from_json
+    from picopose_ros.cli.cameras import read_camera
 
     # What is quick to check comes before what takes seconds to import and minutes to onboard.
-    camera = CameraModel.from_json(args.camera)
-    segments = segments_from_json(args.segments)
+    if args.overlay is not None:
+        check_overlay(args.overlay)
     rgb = read_rgb(args.image)
+    with blaming("--camera"):
+        camera = read_camera(args.camera, rgb.shape[:2], args.image)
+    segments = read_segments(args, rgb.shape[:2])
 
     estimator = load_estimator(args)
     result = estimator.estimate(rgb, camera, segments)
@@ -55,6 +82,63 @@ def run(args: argparse.Namespace) -> int:
     if args.overlay:
         write_overlay(args, rgb, camera, result)
     return 0 if result.poses else 1
+
+
+def arrange(argv: Sequence[str]) -> list[str]:
+    """The command line as argparse needs it: ``--camera`` takes four numbers or a file."""
+    return join_numbers(argv, "--camera", 4)
+
+
+def check_overlay(path: Path) -> None:
+    """Check before the work that the picture can be written.
+
+    Raises:
+        ConfigError: its folder doesn't exist or can't be written to, or the name has no known ending.
+    """
+    import cv2
+
+    check_output(path, "--overlay")
+    try:
+        known = cv2.haveImageWriter(str(path))
+    except cv2.error:
+        known = False
+    if not known:
+        raise ConfigError(f"--overlay: {path} has no ending that OpenCV can write; use .png or .jpg")
+
+
+def read_segments(args: argparse.Namespace, size: tuple[int, int]) -> list[Segment]:
+    """The segments that ``--segments`` and ``--class`` give, for an image of ``size`` (height, width).
+
+    Raises:
+        SegmentError: a file can't be used, a class is unknown, or a mask is of another size than the image.
+        MeshError: the mesh folder, which knows the classes, can't be used.
+    """
+    from picopose_ros.cli.masks import is_picture, segments_from_pictures
+    from picopose_ros.segmentation import segments_from_json
+
+    pictures = [path for path in args.segments if is_picture(path)]
+    if args.classes and not pictures:
+        raise SegmentError("--class is for masks; a JSON of segments names their classes itself")
+    segments: list[Segment] = []
+    for path in args.segments:
+        if path not in pictures:
+            with blaming("--segments"):
+                segments += segments_from_json(path)
+    if not pictures:
+        return segments
+    known = known_classes(args)
+    with blaming("--segments"):
+        masks, notes = segments_from_pictures(pictures, args.classes, known)
+        for segment in masks:
+            if segment.mask.shape != tuple(size):
+                height, width = segment.mask.shape
+                raise SegmentError(
+                    f"the mask of '{segment.class_id}' has {width}x{height} pixels, the image "
+                    f"{size[1]}x{size[0]}: give the masks of this image, not resized"
+                )
+    for note in notes:
+        print(note, file=sys.stderr)
+    return segments + masks
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -159,6 +243,6 @@ def write_overlay(args: argparse.Namespace, rgb: np.ndarray, camera: Any, result
     try:
         written = cv2.imwrite(str(args.overlay), picture[..., ::-1])
     except cv2.error as error:
-        raise ImageError(f"{args.overlay}: is no image file name that OpenCV can write") from error
+        raise ImageError(f"--overlay: {args.overlay} is no image file name that OpenCV can write") from error
     if not written:
-        raise ImageError(f"{args.overlay}: could not be written; does its folder exist?")
+        raise ImageError(f"--overlay: {args.overlay} could not be written")

@@ -12,12 +12,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from picopose_ros import bags
 from picopose_ros.errors import BagError, CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 from picopose_ros.images import image_to_rgb
+from picopose_ros.progress import progress_bar
 
 STAMPS = "stamps.csv"
 """Name of the table that tells which stamp an image has."""
@@ -60,7 +60,7 @@ def write_scene(
             (partial / "rgb").mkdir(parents=True)
             cameras: dict[int, dict[str, Any]] = {}
             written: dict[int, int] = {}
-            for _, _, image in tqdm(reader.messages([image_topic]), unit="image", disable=None):
+            for _, _, image in progress_bar(reader.messages([image_topic]), len(ids), unit="image"):
                 stamp = bags.stamp_of(image)
                 try:
                     rgb = image_to_rgb(image, image_topic)

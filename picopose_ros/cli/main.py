@@ -16,7 +16,8 @@ class Command:
     """A sub-command.
 
     Attributes:
-        module: where it lives; has ``run(args) -> int`` (the exit status), or ``COMMANDS`` of its own.
+        module: where it lives; has ``run(args) -> int`` (the exit status), or ``COMMANDS`` of its own; may
+            have ``arrange(argv) -> argv``, called before the arguments are parsed.
         summary: one line for ``picopose --help``.
         arguments: name of the module's function that adds arguments to a parser.
     """
@@ -31,6 +32,7 @@ COMMANDS = {
     "estimate": Command("picopose_ros.cli.estimate", "poses of the segments of one image"),
     "bag": Command("picopose_ros.cli.bag", "a recording in, the same with poses out", "configure"),
     "images-from-bag": Command("picopose_ros.cli.images", "a recording's images as files, for a segmenter"),
+    "segments-from-masks": Command("picopose_ros.cli.masks", "pictures of masks as segments in JSON"),
     "segments-from-cnos": Command("picopose_ros.cli.segments", "masks that CNOS found, for the node"),
     "convert": Command("picopose_ros.cli.convert", "published weights as this package reads them"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
@@ -58,7 +60,7 @@ def _dispatch(program: str, description: str, commands: Mapping[str, Command], a
     parser = argparse.ArgumentParser(
         prog=program,
         description=description,
-        epilog="\n".join(["commands:", *(f"  {name:<10} {c.summary}" for name, c in commands.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<20} {c.summary}" for name, c in commands.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if commands is COMMANDS:
@@ -89,7 +91,7 @@ def _run(program: str, command: Command, argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(prog=program, description=description)
     getattr(module, command.arguments)(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(module.arrange(argv) if hasattr(module, "arrange") else argv)
     try:
         return module.run(args)
     except PicoPoseError as error:

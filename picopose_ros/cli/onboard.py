@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from picopose_ros.cli.options import add_onboarding_arguments
+from picopose_ros.cli.options import add_onboarding_arguments, load_network, settle_unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Onboard and tell what became of every object; 1 if one could not be used."""
-    from picopose_ros.estimator import torch_device
-    from picopose_ros.model import load_model
     from picopose_ros.templates.bank import onboard
 
-    device = torch_device(args.device)
-    model = load_model(args.preset, args.weights, device)
+    settle_unit(args, "MESH_DIR")
+    model, device = load_network(args)
     result = onboard(args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True)
     width = max(len(name) for name in result.specs)
     for name, bank in sorted(result.banks.items()):

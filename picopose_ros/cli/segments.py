@@ -16,11 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from picopose_ros import bags
 from picopose_ros.cnos import CnosDetections, Problems
 from picopose_ros.errors import BagError, ConfigError, SegmentError
+from picopose_ros.progress import progress_bar
 from picopose_ros.segmentation import Segment
 
 
@@ -181,7 +180,7 @@ def write_bag(
             raise BagError(f"bag {recording} already has a topic {segmentation_topic}: name another one")
         with (
             bags.BagWriter(target, storage or reader.storage) as writer,
-            tqdm(total=reader.message_count, unit="message", disable=None) as bar,
+            progress_bar(total=reader.message_count, unit="message") as bar,
         ):
             for connection in reader.connections:
                 writer.add_like(connection)

@@ -22,7 +22,6 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rclpy.serialization import deserialize_message
 from tf2_msgs.msg import TFMessage
-from tqdm import tqdm
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros import bags
@@ -40,6 +39,7 @@ from picopose_ros.demo.world import (
 )
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.evaluation.consistency import Consistency
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 
 DETECTIONS_TOPIC = "/detections"
@@ -148,7 +148,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def _collect(collector: Collector, player: subprocess.Popen[bytes], frames: int) -> None:
     """Receive until the player is done, and a little longer for what is still on its way."""
-    with tqdm(total=frames, desc="frames answered", unit="frame", disable=None) as bar:
+    with progress_bar(None, frames, "frames answered", "frame") as bar:
         while player.poll() is None:
             rclpy.spin_once(collector, timeout_sec=0.2)
             bar.update(len(collector.detections) - bar.n)
@@ -278,7 +278,7 @@ def run_demo(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=frames, desc="rendering the world", unit="frame", disable=None) as bar:
+    with progress_bar(None, frames, "rendering the world", "frame") as bar:
         files = build_world(out, frames, seed, storage, lambda done, total: bar.update(done - bar.n))
     meshes = load_meshes(files.meshes)
     collector, onboarding, playing = run_node(files, out, extra, domain)

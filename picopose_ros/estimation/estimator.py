@@ -98,7 +98,7 @@ class PoseEstimator:
             viewpoints: templates per object: 42, 162 or 642.
             cache_dir: of the banks; None for the user's cache folder.
             hypotheses: templates tried per segment.
-            progress: True for a bar on the terminal; or called before and after each object. What it raises
+            progress: True to show it; or called before and after each object. What it raises
                 ends the loading.
             precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
 

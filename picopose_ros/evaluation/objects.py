@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import trimesh
 import yaml
-from tqdm import tqdm
 
 from picopose_ros.errors import ConfigError, MeshError, PicoPoseError
 from picopose_ros.evaluation.ambiguity import Ambiguity, measure_ambiguity
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import (
     MESH_SUFFIXES,
     OBJECTS_FILE,
@@ -115,7 +115,7 @@ def write_heldout(
     # First of all, so that a folder whose export is cut off says so.
     _write_benchmark(folder, objects, first_seed, done)
     with MeshRenderer() as renderer:
-        for index in tqdm(missing, "objects", disable=not progress):
+        for index in progress_bar(missing, description="objects", hidden=not progress):
             class_id = _class_id(index)
             spec = ObjectSpec(class_id, folder / f"{class_id}.glb")
             group, made = make_heldout(index, first_seed)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.errors import DatasetError
@@ -35,6 +34,7 @@ from picopose_ros.evaluation.bop.results import BopRow, read_results
 from picopose_ros.evaluation.bop.setup import add_dataset_arguments
 from picopose_ros.evaluation.metrics import ADD_SHARES, VSD_DELTA, VSD_TAUS
 from picopose_ros.evaluation.report import check_writable, number, plain, share, table, write_atomically
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.renderer import MeshRenderer
 
 
@@ -218,7 +218,7 @@ class Scorer:
         """
         total, by_object = Tally(), dict[int, Tally]()
         used = 0
-        bar = tqdm(groups(self.dataset, rows, images), unit="target", disable=None if progress else True)
+        bar = progress_bar(groups(self.dataset, rows, images), unit="target", hidden=not progress)
         for group in bar:
             hits = self.hits(group)
             used += len(group.estimates)

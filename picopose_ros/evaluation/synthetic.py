@@ -14,20 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from tqdm import tqdm
-
 from picopose_ros import __version__
-from picopose_ros.cli.options import add_onboarding_arguments, positive
+from picopose_ros.cli.options import add_onboarding_arguments, load_network, positive, settle_unit
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation.confidence import Calibration
-from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator, Precision, torch_device
+from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator, Precision
 from picopose_ros.evaluation.benchmark import Benchmark
 from picopose_ros.evaluation.figures import calibration, quantiles, query_rows, summarise, times
 from picopose_ros.evaluation.records import Record
 from picopose_ros.evaluation.report import check_writable, markdown, plain, write_atomically
 from picopose_ros.evaluation.sheets import contact_sheet, reliability_picture, scene_overlay
-from picopose_ros.model import load_model, model_fingerprint
+from picopose_ros.model import model_fingerprint
 from picopose_ros.model.checkpoint import save_calibration, weights_path
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.bank import onboard
 from picopose_ros.templates.meshes import ObjectMesh, load_object
 from picopose_ros.templates.renderer import MeshRenderer
@@ -100,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     _check_places(args)
-    device = torch_device(args.device)
-    model = load_model(args.preset, args.weights, device)
+    settle_unit(args)
+    model, device = load_network(args)
     onboarding = onboard(
         args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True
     )
@@ -134,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         benchmark = Benchmark(estimator, meshes, facts, args.seed, renderer, args.mask_noise, pictures)
         scenes = make_scenes(list(meshes.values()), args.scenes, args.seed, args.kind)
         hardness: list[Difficulty] = []
-        for index, scene in enumerate(tqdm(scenes, total=args.scenes, unit="scene", disable=None)):
+        for index, scene in enumerate(progress_bar(scenes, args.scenes, unit="scene")):
             hardness += difficulty(scene, meshes)
             benchmark.add(index, scene)
         if not benchmark.records:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from picopose_ros.cnos import Problems
 from picopose_ros.errors import DatasetError
@@ -27,6 +26,7 @@ from picopose_ros.evaluation.bop.setup import BopRun, add_estimation_arguments
 from picopose_ros.evaluation.bop.variants import EPE_STAGES, Variants, answer
 from picopose_ros.evaluation.report import plain, write_atomically
 from picopose_ros.evaluation.score import IMPLEMENTATIONS, Scorer, implementation
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.renderer import MeshRenderer
 
 
@@ -95,7 +95,7 @@ def _report(
             errors[name] += values
     variants = {}
     with Scorer(bop.dataset, chosen) as scorer:
-        for name, own in tqdm(rows.items(), unit="variant", disable=None):
+        for name, own in progress_bar(rows.items(), unit="variant"):
             variants[name] = scorer.score(own, bop.images)["overall"]
             file = name.replace(": ", "-").replace(" ", "_")
             write_results(args.out / f"{file}_{bop.dataset.name}-{bop.dataset.split_dir.name}.csv", own)

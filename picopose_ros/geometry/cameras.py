@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -243,58 +240,8 @@ class CameraModel:
         camera.validate()
         return camera
 
-    @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> CameraModel:
-        """Build from ``{"K": [9 numbers], "width", "height", "distortion_model", "D"}`` and check it.
-
-        ``cam_K`` (BOP's spelling) and a 3x3 nested list are accepted for K.
-
-        Raises:
-            CameraError: something is missing or can't be used.
-        """
-        K = entry.get("K", entry.get("cam_K", entry.get("k")))
-        missing = [
-            name
-            for name, value in (("K", K), *((n, entry.get(n)) for n in ("width", "height")))
-            if value is None
-        ]
-        if missing:
-            raise CameraError(f"camera: {', '.join(missing)} missing; needs K (9 numbers), width and height")
-        try:
-            camera = cls(
-                K=np.array(K, np.float64),
-                width=int(entry["width"]),
-                height=int(entry["height"]),
-                distortion_model=str(entry.get("distortion_model") or ""),
-                D=tuple(entry.get("D", entry.get("d")) or ()),
-            )
-        except (TypeError, ValueError) as error:
-            raise CameraError(f"camera: {error}") from error
-        camera.validate()
-        return camera
-
-    @classmethod
-    def from_json(cls, path: Path | str) -> CameraModel:
-        """Read a camera file; the form is that of :meth:`from_dict`.
-
-        Raises:
-            CameraError: the file can't be read or used; names it.
-        """
-        try:
-            entry = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise CameraError(f"{path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise CameraError(f"{path}: is no JSON file ({error})") from error
-        if not isinstance(entry, dict):
-            raise CameraError(f"{path}: expected a JSON object with K, width and height")
-        try:
-            return cls.from_dict(entry)
-        except CameraError as error:
-            raise CameraError(f"{path}: {error}") from error
-
     def to_dict(self) -> dict[str, Any]:
-        """The form :meth:`from_dict` reads."""
+        """In plain types, as ``picopose estimate --camera`` reads it from a JSON file."""
         return {
             "K": self.K.ravel().tolist(),
             "width": self.width,

@@ -211,7 +211,7 @@ def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
         raise CheckpointError(
             f"weights file {source} does not fit preset '{model.config.name}': {len(found.missing)} missing, "
             f"{len(found.extra)} unknown and {len(found.misshapen)} misshapen tensors (first: "
-            f"{'; '.join(found.lines[:3])}); check the preset parameter"
+            f"{'; '.join(found.lines[:3])}); check the preset"
         )
     model.load_state_dict(state, strict=False)
 
@@ -298,7 +298,7 @@ def load_model(
     if metadata.get("preset", preset_name) != preset_name:
         raise CheckpointError(
             f"weights file {path} was made for preset '{metadata['preset']}', not for '{preset_name}'; "
-            "change the preset or the weights parameter"
+            "change the preset or the weights"
         )
     model = _unfilled(config).to_empty(device="cpu")
     for module in model.modules():

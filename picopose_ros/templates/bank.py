@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from picopose_ros import __version__
 from picopose_ros.errors import CacheError, MeshError
@@ -37,6 +36,7 @@ from picopose_ros.geometry.crops import (
     crop_rgb,
 )
 from picopose_ros.model import PicoPose, model_fingerprint
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.headlight import AMBIENT, DARKEST
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object, mesh_digest
 from picopose_ros.templates.renderer import MeshRenderer, Rendering, Shading
@@ -230,7 +230,7 @@ def build_bank(
         model: in evaluation mode.
         count: viewpoints: 42, 162 or 642.
         device: where the network runs; None: where it is.
-        progress: show a progress bar on a terminal.
+        progress: show it.
         stop: once it is set, the work ends with an exception.
         shading: how the templates are lit; None: as the preset has it (``auto`` for tiny, ``flat`` for the
             released network).
@@ -433,7 +433,7 @@ def onboard(
     Args:
         mesh_dir: see `discover_objects`; ``unit`` is its default unit.
         model, count, cache_dir, device, shading: see `load_or_build`.
-        progress: True for bars on a terminal; or called as each object is waited for and done.
+        progress: True to show it; or called as each object is waited for and done.
 
     Raises:
         MeshError: the directory cannot be used, or not one of its meshes.
@@ -468,8 +468,8 @@ def default_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "picopose_ros"
 
 
-def _bar(class_id: str, count: int, progress: bool) -> tqdm:
-    return tqdm(total=count, desc=f"onboarding {class_id}", unit="view", disable=None if progress else True)
+def _bar(class_id: str, count: int, progress: bool) -> Any:
+    return progress_bar(None, count, f"onboarding {class_id}", "view", hidden=not progress)
 
 
 def _recipe(

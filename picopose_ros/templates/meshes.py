@@ -145,9 +145,9 @@ def discover_objects(mesh_dir: str | Path, default_unit: str = "m") -> list[Obje
             ``objects.yaml`` or ``models_info.json`` that cannot be used.
     """
     mesh_dir = Path(mesh_dir)
-    _check_unit(default_unit, "the unit parameter")
+    _check_unit(default_unit, "the unit")
     if not mesh_dir.is_dir():
-        raise MeshError(f"mesh directory {mesh_dir} does not exist; set mesh_dir to a folder of meshes")
+        raise MeshError(f"mesh directory {mesh_dir} does not exist: give a folder with one mesh per object")
     found: dict[str, list[Path]] = {}
     for entry in sorted(mesh_dir.iterdir()):
         if entry.name.startswith("."):
@@ -240,7 +240,7 @@ def load_object(spec: ObjectSpec) -> ObjectMesh:
         mesh.warnings.append(f"{path} refers to {missing}, which does not exist: its colours are missing")
     low, high = USUAL_DIAMETER
     if not low <= mesh.diameter <= high:
-        mesh.warnings.append(_unit_warning(mesh))
+        mesh.warnings.append(f"{unit_advice(mesh)}: set it in {OBJECTS_FILE} or for the whole folder")
     return mesh
 
 
@@ -448,7 +448,8 @@ def _diameter(vertices: np.ndarray) -> float:
     return largest
 
 
-def _unit_warning(mesh: ObjectMesh) -> str:
+def unit_advice(mesh: ObjectMesh) -> str:
+    """What is odd about the size of a mesh outside `USUAL_DIAMETER`, and the unit that would fit."""
     spec = mesh.spec
     raw = mesh.diameter / UNITS[spec.unit]
     low, high = USUAL_DIAMETER
@@ -457,6 +458,6 @@ def _unit_warning(mesh: ObjectMesh) -> str:
     fitting.sort(key=lambda unit: abs(np.log(raw * UNITS[unit] / 0.2)))
     said = f"{spec.path}: read in {spec.unit}, object '{spec.class_id}' is {mesh.diameter:.3g} m across"
     if not fitting:
-        return f"{said}, and no unit ({', '.join(UNITS)}) makes it between 1 cm and 3 m; check the mesh"
+        return f"{said}, and no unit ({', '.join(UNITS)}) makes it between 1 cm and 3 m"
     size = raw * UNITS[fitting[0]]
-    return f"{said}; unit {fitting[0]} would make it {size:.3g} m: set it in {OBJECTS_FILE} or as a parameter"
+    return f"{said}; unit {fitting[0]} would make it {size:.3g} m"

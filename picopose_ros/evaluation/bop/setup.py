@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from picopose_ros import __version__
 from picopose_ros.cli.options import add_network_arguments, positive
 from picopose_ros.errors import DatasetError, MeshError
@@ -20,6 +18,7 @@ from picopose_ros.evaluation.bop.detections import BopDetections
 from picopose_ros.evaluation.bop.journal import ImageRecord, Journal
 from picopose_ros.model import PicoPose, load_model, model_fingerprint
 from picopose_ros.model.checkpoint import preset_of
+from picopose_ros.progress import progress_bar
 from picopose_ros.templates.bank import onboard
 from picopose_ros.templates.meshes import mesh_digest
 
@@ -174,13 +173,8 @@ class BopRun:
         if not missing:
             return
         measure = measure_with(self.estimator())
-        bar = tqdm(
-            total=len(images),
-            initial=len(images) - len(missing),
-            unit="image",
-            desc=self.dataset.name,
-            disable=True if quiet else None,
-        )
+        before = len(images) - len(missing)
+        bar = progress_bar(None, len(images), self.dataset.name, "image", before, hidden=quiet)
         with bar:
             for scene_id, image_id in missing:
                 journal.add(measure(scene_id, image_id))
