@@ -21,16 +21,37 @@ def test_both_lookups_agree_inside_and_outside_the_grid(radius: int, levels: int
     # From far outside on one side to far outside on the other, with whole and broken positions.
     position = torch.randn(2, 2, 16, 16, generator=generator) * 15 + 8
     position[:, :, ::2] = position[:, :, ::2].round()
+    position.requires_grad_()
     volume = lookup_volume(template, query, position, radius, levels)
     local = lookup_local(template, query, position, radius, levels)
     assert volume.abs().max() > 1
     torch.testing.assert_close(volume, local, rtol=1e-4, atol=1e-4)
     weights = torch.randn(volume.shape, generator=generator)
-    for a, b in zip(
-        torch.autograd.grad((volume * weights).sum(), (template, query)),
-        torch.autograd.grad((local * weights).sum(), (template, query)),
-    ):
+    of_volume, of_local = (
+        torch.autograd.grad((found * weights).sum(), (template, query, position))
+        for found in (volume, local)
+    )
+    for a, b in zip(of_volume[:2], of_local[:2]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    # At a cell's centre the slope is either side's.
+    broken = (position.detach() % 1).ne(0).all(1, keepdim=True).expand_as(position)
+    if levels == 1:
+        torch.testing.assert_close(of_volume[2][broken], of_local[2][broken], rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_no_position_is_outside_the_grid() -> None:
+    maps = torch.ones(1, 4, 16, 16)
+    position = torch.full((1, 2, 16, 16), 8.0)
+    position[0, :, 0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e12])
+    found = lookup_local(maps, maps, position, 2, 1)
+    assert (found[0, :, 1:] == 4).all() and not (found[0, :, 0, :4] > 0).any()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_lookup_keeps_its_type(kind: torch.dtype) -> None:
+    maps = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(kind)
+    position = torch.full((1, 2, 16, 16), 7.5)
+    assert lookup_local(maps, maps, position, 2, 1).dtype == kind
 
 
 def test_the_anchor_finds_a_similarity_among_wrong_matches() -> None:

@@ -89,7 +89,7 @@ class OffsetConfig:
     """Depth of the correlation pyramid at each grid."""
     lookup: tuple[str, str, str]
     """`volume`: correlate everything, then look up. `local`: correlate only what is looked up. Equal
-    results; the first is faster for small grids, the second where the volume would not fit."""
+    results; on an accelerator the first is faster for small grids. A CPU always does the second."""
     cosine: bool
     """Correlate unit vectors with a learned scale instead of dot products over sqrt(C)."""
     motion_dims: tuple[int, int, int, int, int]

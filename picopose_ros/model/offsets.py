@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from picopose_ros.model.config import CROP_SIZE, GRIDS, OffsetConfig
 
@@ -98,74 +102,99 @@ def lookup_local(template: Tensor, query: Tensor, position: Tensor, radius: int,
     """
     batch, _, n, _ = template.shape
     side = 2 * radius + 1
-    reach = torch.arange(-radius, radius + 2, device=position.device)
-    rows = template.flatten(2).transpose(1, 2)
+    # Cells outside the grid count as zero. Where a row ends, the next one's border is the zeros on its right.
+    border = 2 * radius + 2
+    reach = torch.arange(side + 1, device=position.device, dtype=torch.int32)
+    rows = template.flatten(2).transpose(1, 2).flatten(0, 1)
     samples = []
     for level in range(levels):
         if level:
             query = F.avg_pool2d(query, 2)
         size = query.shape[-1]
-        centre = position.flatten(2).transpose(1, 2) / 2**level
+        wide = size + border
+        table = F.pad(query, (border, 0, border, border + 1))
+        centre = position.flatten(2) / 2**level
         base = centre.detach().floor()
-        fraction = centre - base
-        # Cells outside the grid count as zero: a border of zeros wide enough for every clamped window.
-        pad = radius + 2
-        base = base.clamp(-pad, size + pad).long()
-        x = (base[:, :, 0:1] + reach).clamp(-1, size) + 1
-        y = (base[:, :, 1:2] + reach).clamp(-1, size) + 1
-        padded = size + 2
-        index = y[:, :, :, None] * padded + x[:, :, None, :]
-        table = F.pad(query, (1, 1, 1, 1)).flatten(2).transpose(1, 2)
-        dots = _dots(rows, table, index.flatten(2)).reshape(batch, n * n, side + 1, side + 1)
-        fx = fraction[:, :, 0, None, None]
-        fy = fraction[:, :, 1, None, None]
-        dots = dots[:, :, :-1] * (1 - fy) + dots[:, :, 1:] * fy
-        dots = dots[:, :, :, :-1] * (1 - fx) + dots[:, :, :, 1:] * fx
-        # (y, x) -> x slow
-        samples.append(dots.transpose(2, 3).reshape(batch, n, n, side * side))
-    return torch.cat(samples, 3).permute(0, 3, 1, 2)
-
-
-_PAYS = 60
-"""On a CPU so many products of a matrix take the time of one of gathered values."""
-_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
-"""Values gathered or computed at once for dot products: what a cache holds, or what memory allows."""
+        fraction = (centre - base).transpose(1, 2).reshape(-1, 2, 1, 1)
+        # Integers are limited, not floats: what is no number points outside, too.
+        first = base.int().clamp(-radius - 2, size + radius) + (border - radius)
+        offset = torch.arange(batch, device=position.device, dtype=torch.int32) * (table[0, 0].numel())
+        first = first[:, 0] + wide * first[:, 1] + offset[:, None]
+        index = first.reshape(-1, 1) + (reach[:, None] + wide * reach).flatten()  # x is the slow axis
+        dots = _dots(rows, table.flatten(2).transpose(1, 2).flatten(0, 1), index)
+        dots = dots.unflatten(1, (side + 1, side + 1))
+        dots = torch.lerp(dots[:, :, :-1], dots[:, :, 1:], fraction[:, 1].to(dots.dtype))
+        dots = torch.lerp(dots[:, :-1], dots[:, 1:], fraction[:, 0].to(dots.dtype))
+        samples.append(dots.reshape(batch, n, n, side * side))
+    return (torch.cat(samples, 3) if levels > 1 else samples[0]).permute(0, 3, 1, 2)
 
 
 def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """Dot products of rows with some rows of a table.
 
     Args:
-        rows: (B, m, C). table: (B, t, C). index: (B, m, k) which of the table's.
+        rows: (m, C). table: (t, C). index: (m, k) int32, which of the table's.
     Returns:
-        (B, m, k).
+        (m, k).
     """
-    batch, size, channels = table.shape
-    count, kind = index.shape[2], rows.device.type
-    at_once = _AT_ONCE.get(kind, 2**27)
-    # Every part would have a gradient of the whole table; a compiler keeps what is gathered in registers.
-    undivided = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if size < _PAYS * count and not undivided:  # all of them, and take what is named
-        step = max(at_once // size, 1)
-        found = [
-            (part @ whole.T).gather(1, names)
-            for own, whole, i in zip(rows, table, index)
-            for part, names in zip(own.split(step), i.split(step))
-        ]
-        return torch.cat(found).view_as(index)
-    index = index + torch.arange(batch, device=index.device).view(-1, 1, 1) * size
-    index, rows, table = index.flatten(0, 1), rows.reshape(-1, channels, 1), table.reshape(-1, channels)
-    step = len(rows) if undivided else max(at_once // (count * channels), 1)
-    # A CPU's batched product takes matrices one by one.
-    by_hand = torch.compiler.is_compiling() or (kind == "cpu" and not torch.is_grad_enabled())
-    found = []
-    for own, names in zip(rows.split(step), index.split(step)):
-        cells = F.embedding(names, table)
-        found.append((cells * own.transpose(1, 2)).sum(2) if by_hand else (cells @ own)[..., 0])
-    return torch.cat(found).view(batch, -1, count)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        cells = F.embedding(index, table)
+        # A compiler keeps what is gathered in registers.
+        by_hand = torch.compiler.is_compiling()
+        return (cells * rows[:, None]).sum(2) if by_hand else (cells @ rows[:, :, None])[..., 0]
+    kind = torch.promote_types(rows.dtype, torch.float32)  # sparse products know no shorter types
+    return _SparseDots.apply(rows.to(kind), table.to(kind), index).to(rows.dtype)
 
 
-_LOOKUP = {"volume": lookup_volume, "local": lookup_local}
+with warnings.catch_warnings():  # PyTorch says once per process that these tensors may change
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0])
+
+
+class _SparseDots(torch.autograd.Function):
+    """`_dots` on a CPU: entries of the product of two matrices, which a sparse matrix names.
+
+    Nothing is gathered into memory, neither forward nor backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        rows, table = rows.contiguous(), table.contiguous()
+        ctx.save_for_backward(rows, table, index)
+        count, width = index.shape
+        entries = torch.sparse_csr_tensor(
+            torch.arange(0, count * width + 1, width, dtype=torch.int32),
+            index.flatten(),
+            rows.new_zeros(count * width),  # zero times what is there must be zero
+            (count, len(table)),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(entries, rows, table.T, beta=0).values().view(count, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, table, index = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_rows = of_table = None
+        if ctx.needs_input_grad[0]:
+            of_rows = F.embedding_bag(index, table, per_sample_weights=grad, mode="sum")
+        if ctx.needs_input_grad[1]:
+            # PyTorch multiplies by a transposed sparse matrix only after it has sorted it, ten times slower.
+            starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
+            parts = (grad.flatten().numpy(), index.flatten().numpy(), starts.numpy())
+            entries = csr_matrix(parts, (len(rows), len(table)))
+            of_table = torch.from_numpy(entries.T @ rows.numpy())
+        return of_rows, of_table, None
+
+
+def lookup_small(template: Tensor, query: Tensor, position: Tensor, radius: int, levels: int) -> Tensor:
+    """`lookup_volume` on an accelerator, which multiplies fast; on a CPU `lookup_local`."""
+    lookup = lookup_local if template.device.type == "cpu" else lookup_volume
+    return lookup(template, query, position, radius, levels)
+
+
+_LOOKUP = {"volume": lookup_small, "local": lookup_local}
 
 
 def _norm(channels: int, norm: bool) -> nn.Module:
