@@ -152,7 +152,7 @@ def test_gltf_colour_factors_are_linear(tmp_path: Path) -> None:
     """glTF 2.0, 3.9.2: base colour factors are linear, pictures are sRGB. 0.2158 linear is 0.502 sRGB."""
     textured_box(PBRMaterial(baseColorFactor=[55, 55, 55, 255])).export(tmp_path / "grey.glb")
     (part,) = load_object(discover_objects(tmp_path)[0]).parts
-    assert np.abs(part.visual.material.baseColorFactor[:3].astype(int) - 128).max() <= 1
+    assert np.abs(part.visual.material.diffuse[:3].astype(int) - 128).max() <= 1
 
 
 @pytest.mark.parametrize(("unit", "metres"), [("m", 1.0), ("cm", 0.01), ("mm", 0.001), ("in", 0.0254)])

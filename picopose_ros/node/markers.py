@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 
 from picopose_ros.node.conversions import pose_to_message
 from picopose_ros.overlay import palette
-from picopose_ros.templates.meshes import UNITS, ObjectSpec, referenced_files
+from picopose_ros.templates.meshes import ObjectSpec, collada_unit, referenced_files
 from picopose_ros.tracking import TrackedPose
 
 LABELS = "labels/"
@@ -52,9 +51,9 @@ def mesh_resources(specs: Mapping[str, ObjectSpec]) -> dict[str, MeshResource]:
     for index, class_id in enumerate(sorted(specs)):
         spec = specs[class_id]
         suffix = spec.path.suffix.lower()
-        scale = UNITS[spec.unit]
+        scale = spec.metres_per_unit
         if suffix == ".dae":
-            scale /= _collada_unit(spec)
+            scale /= collada_unit(spec.path)
         materials = suffix in _WITH_MATERIALS or any(file.is_file() for file in referenced_files(spec.path))
         resources[class_id] = MeshResource(spec.path.absolute().as_uri(), scale, materials, palette(index))
     return resources
@@ -125,14 +124,3 @@ def _label(one: TrackedPose, header: Header) -> Marker:
     marker.pose = pose_to_message(T)
     marker.color = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
     return marker
-
-
-def _collada_unit(spec: ObjectSpec) -> float:
-    """Metres per unit that a COLLADA file says of itself."""
-    head = spec.path.read_bytes()[:65536]
-    found = re.search(rb"<unit\b[^>]*\bmeter\s*=\s*[\"']([^\"']+)[\"']", head)
-    try:
-        unit = float(found[1]) if found else 1.0
-    except ValueError:
-        unit = 1.0
-    return unit if np.isfinite(unit) and unit > 0 else 1.0

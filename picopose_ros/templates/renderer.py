@@ -31,6 +31,12 @@ SMOOTH_NORMALS = "smooth_normals"
 """Key in a part's metadata: true where the file brings vertex normals, by which the headlight then shades.
 Other parts are shaded by the normals of their faces."""
 
+TINT = "tint"
+"""Vertex attribute (V, 3) of a part with a texture: sRGB 0..1 that its colours are multiplied with."""
+
+WRAP = "wrap"
+"""Key in a part's metadata: how its texture goes on outside of itself in both directions, as OpenGL names."""
+
 _ONE_COLOUR = 8
 """Colours that differ by no more than this in each channel (of 255) count as one."""
 
@@ -330,7 +336,12 @@ def _primitive(part: trimesh.Trimesh, pyrender: Any) -> tuple[Any, np.ndarray]:
         colours = np.concatenate([colours[:, :3] / 255.0, np.ones((len(colours), 1))], axis=1)
     texture = None
     if image is not None:
-        texture = pyrender.Texture(source=image, source_channels="RGBA")
+        wrap_s, wrap_t = part.metadata.get(WRAP) or (pyrender.GLTF.REPEAT, pyrender.GLTF.REPEAT)
+        sampler = pyrender.Sampler(wrapS=wrap_s, wrapT=wrap_t)
+        texture = pyrender.Texture(source=image, source_channels="RGBA", sampler=sampler)
+        tint = part.vertex_attributes.get(TINT)
+        if tint is not None:
+            colours = np.concatenate([tint, np.ones((len(tint), 1))], axis=1)
     material = pyrender.MetallicRoughnessMaterial(
         baseColorFactor=np.append(factor, 1.0),
         baseColorTexture=texture,
