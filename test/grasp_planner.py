@@ -16,7 +16,7 @@ from rclpy.signals import SignalHandlerOptions
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
-from picopose_ros import bags
+from picopose_ros.messages import bags
 
 
 def main(path: str) -> None:

@@ -14,7 +14,6 @@ from rosbags.typesys import get_types_from_msg
 from std_msgs.msg import Header
 from vision_msgs.msg import Detection3D
 
-from picopose_ros import bags
 from picopose_ros.cli.bag import process_bag
 from picopose_ros.cli.main import main
 from picopose_ros.demo.evaluate import read_recording
@@ -22,6 +21,7 @@ from picopose_ros.demo.objects import cereal_box, drill
 from picopose_ros.errors import BagError, SegmentError
 from picopose_ros.estimator import PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.messages import bags
 from picopose_ros.model import PicoPose
 from picopose_ros.model.checkpoint import save_model
 from picopose_ros.model.config import preset
@@ -119,7 +119,7 @@ def test_definitions_are_those_of_the_interface_files() -> None:
         folder = ROOT / "msg" if package == "picopose_ros" else ROOT / "plain_ros" / package / "msg"
         original = get_types_from_msg((folder / f"{short}.msg").read_text(), name)
         embedded = get_types_from_msg("\n".join(line.strip() for line in definition.splitlines()), name)
-        assert embedded == original, f"{name} in picopose_ros/bags.py differs from {folder}"
+        assert embedded == original, f"{name} in picopose_ros/messages/bags.py differs from {folder}"
 
 
 def test_segments_survive_a_bag_message() -> None:

@@ -213,7 +213,7 @@ def test_as_a_process_it_is_quick_to_say_no_and_says_it_plainly(desk):
 
 def test_overlay_outline_lies_on_the_object(desk):
     from picopose_ros.geometry.cameras import CameraModel
-    from picopose_ros.overlay import Drawn, draw_poses, palette
+    from picopose_ros.instances.overlay import Drawn, draw_poses, palette
     from picopose_ros.templates.meshes import discover_objects, load_object
     from picopose_ros.templates.renderer import MeshRenderer
 

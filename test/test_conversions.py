@@ -22,7 +22,7 @@ from vision_msgs.msg import Detection3DArray
 from picopose_ros.errors import CameraError, ImageError, SegmentError
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_rgb
-from picopose_ros.images import image_to_rgb
+from picopose_ros.messages.images import image_to_rgb
 from picopose_ros.node.conversions import (
     camera_from_message,
     detections_message,

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from node_harness import next_domain
 
-from picopose_ros import bags
 from picopose_ros.demo import world as world_module
 from picopose_ros.demo.evaluate import (
     Detected,
@@ -40,6 +39,7 @@ from picopose_ros.demo.world import (
     build_world,
 )
 from picopose_ros.errors import BagError
+from picopose_ros.messages import bags
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 

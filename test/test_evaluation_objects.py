@@ -23,15 +23,15 @@ from picopose_ros.evaluation.objects import (
     object_facts,
     write_heldout,
 )
-from picopose_ros.templates.meshes import discover_objects, load_object
-from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.objects import (
+from picopose_ros.synthetic.objects import (
     HELD_OUT_SHAPES,
     UNSEEN_FAMILY_SEED,
     VALIDATION_SEED,
     build_object,
 )
-from picopose_ros.training.textures import HELD_OUT_TEXTURES, collage, project_box
+from picopose_ros.synthetic.textures import HELD_OUT_TEXTURES, collage, project_box
+from picopose_ros.templates.meshes import discover_objects, load_object
+from picopose_ros.templates.renderer import MeshRenderer
 
 COLOURS = [(230, 40, 40), (40, 220, 40), (50, 50, 230), (230, 220, 40), (220, 50, 220), (40, 220, 220)]
 

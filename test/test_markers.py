@@ -13,10 +13,10 @@ from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from picopose_ros.estimator import ObjectPose
+from picopose_ros.instances import InstanceTracker
+from picopose_ros.instances.overlay import palette
 from picopose_ros.node.markers import clearing_markers, marker_array, mesh_resources
-from picopose_ros.overlay import palette
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects
-from picopose_ros.tracking import InstanceTracker
 
 HEADER = Header(frame_id="camera_optical")
 

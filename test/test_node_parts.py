@@ -17,7 +17,7 @@ from sensor_msgs.msg import CompressedImage
 from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesisWithPose
 
 from picopose_ros.errors import ImageError, MeshError, SegmentError
-from picopose_ros.images import compressed_to_rgb
+from picopose_ros.messages.images import compressed_to_rgb
 from picopose_ros.model import load_model
 from picopose_ros.node import transforms
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message

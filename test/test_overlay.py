@@ -14,9 +14,9 @@ import trimesh
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import make_transform
-from picopose_ros.overlay import OverlayPainter, palette
+from picopose_ros.instances import TrackedPose
+from picopose_ros.instances.overlay import OverlayPainter, palette
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects
-from picopose_ros.tracking import TrackedPose
 
 CAMERA = CameraModel(np.array([[300.0, 0, 159.5], [0, 300, 119.5], [0, 0, 1]]), 320, 240)
 GREY = np.full((240, 320, 3), 128, np.uint8)

@@ -17,7 +17,6 @@ import pytest
 import torch
 from parity import Parity, load_parity, parity_model
 
-from picopose_ros.cnos import Detection
 from picopose_ros.estimator import EstimatorSettings, PoseEstimator, SegmentTrace
 from picopose_ros.evaluation.bop.dataset import BopDataset
 from picopose_ros.evaluation.bop.detections import BopDetections, Selection
@@ -33,7 +32,7 @@ from picopose_ros.geometry.crops import (
 )
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model import PicoPose
-from picopose_ros.segmentation import mask_roi, rle_encode
+from picopose_ros.segmentation import Detection, mask_roi, rle_encode
 from picopose_ros.templates.bank import TemplateBank
 
 SCENE, IMAGE, OBJ = 2, 7, 1

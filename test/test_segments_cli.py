@@ -24,14 +24,14 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
-from picopose_ros import bags
 from picopose_ros.cli.images import write_scene
 from picopose_ros.cli.main import main
 from picopose_ros.cli.segments import SegmentSource, Timeline, read_class_names, write_bag
-from picopose_ros.cnos import CnosDetections, Problems
 from picopose_ros.errors import BagError, SegmentError
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.messages import bags
 from picopose_ros.node.conversions import segments_from_message, stamp_to_nanoseconds
+from picopose_ros.segmentation import CnosDetections, Problems
 
 HEIGHT, WIDTH = 48, 64
 START = 1_700_000_000_000_000_123

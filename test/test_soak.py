@@ -25,8 +25,8 @@ from node_harness import (
     write_weights,
 )
 
-from picopose_ros import bags
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.messages import bags
 from picopose_ros.segmentation import Segment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import trimesh
 from scipy.spatial.transform import Rotation
 
 from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
-from picopose_ros.symmetries import CANONICAL, SymmetryGroup
+from picopose_ros.instances import CANONICAL, SymmetryGroup
 from picopose_ros.templates.meshes import Symmetries, discover_objects
 
 Z = np.array([0.0, 0, 1])

@@ -13,9 +13,8 @@ from picopose_ros.demo.world import World
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.poses import invert_transform, make_transform, rotation_angle_deg
-from picopose_ros.smoothing import SmoothingSettings
+from picopose_ros.instances import InstanceTracker, SmoothingSettings, TrackedPose
 from picopose_ros.templates.meshes import Symmetries
-from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 UPRIGHT = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 

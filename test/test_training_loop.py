@@ -26,7 +26,7 @@ from torch import Tensor
 
 from picopose_ros.errors import CheckpointError, ConfigError, PicoPoseError
 from picopose_ros.model import load_model
-from picopose_ros.model.network import Features
+from picopose_ros.model.features import Features
 from picopose_ros.training import train as train_module
 from picopose_ros.training import trainer as trainer_module
 from picopose_ros.training.config import _RULES

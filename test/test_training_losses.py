@@ -18,9 +18,10 @@ from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb
 from picopose_ros.model import PicoPose, preset
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.backbone import ViTBackbone
-from picopose_ros.model.checkpoint import resample_pos_embed
+from picopose_ros.model.released_keys import resample_pos_embed
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
+from picopose_ros.training.labels import pose_affine
 from picopose_ros.training.losses import AffineLabels, flow_labels
 from picopose_ros.training.pairs import QueryCrop
 from picopose_ros.training.pool import QueryView, TemplateView
@@ -35,7 +36,6 @@ from picopose_ros.training.released import (
     draw_noise,
     match_loss,
     noised_start,
-    pose_affine,
     released_losses,
     start_released,
     visibility_labels,

@@ -19,12 +19,7 @@ from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.geometry.crops import CROP_SIZE
 from picopose_ros.model import PicoPose
 from picopose_ros.model.config import preset
-from picopose_ros.templates.bank import build_bank
-from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec
-from picopose_ros.training import pool as pool_module
-from picopose_ros.training.config import TrainConfig
-from picopose_ros.training.data import Batch, BatchDataset, concatenate, make_batch, take
-from picopose_ros.training.objects import (
+from picopose_ros.synthetic.objects import (
     HELD_OUT_SHAPES,
     SIZE_RANGE,
     TRAINING_SHAPES,
@@ -32,10 +27,15 @@ from picopose_ros.training.objects import (
     VALIDATION_SEED,
     build_object,
 )
+from picopose_ros.synthetic.textures import HELD_OUT_TEXTURES, TRAINING_TEXTURES, project_box
+from picopose_ros.templates.bank import build_bank
+from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec
+from picopose_ros.training import pool as pool_module
+from picopose_ros.training.config import TrainConfig
+from picopose_ros.training.data import Batch, BatchDataset, concatenate, make_batch, take
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training.pool import PoolReader, build_pool, decode_depth, encode_depth
 from picopose_ros.training.sources import Draw
-from picopose_ros.training.textures import HELD_OUT_TEXTURES, TRAINING_TEXTURES, project_box
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from picopose_ros.geometry.correspondences import decode_correspondences
 from picopose_ros.geometry.pnp import solve_pose
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.segmentation import rle_encode
+from picopose_ros.synthetic.objects import build_object
 from picopose_ros.templates.bank import TEMPLATE_K
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import viewpoint_rotations
@@ -30,10 +31,11 @@ from picopose_ros.training import shards as shards_module
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import flow_labels
-from picopose_ros.training.objects import build_object
 from picopose_ros.training.pairs import Difficulty, Sample
 from picopose_ros.training.pool import template_pose
-from picopose_ros.training.shards import Mixed, ShardPairs, ShardSource, index_shard, list_shards
+from picopose_ros.training.shard_files import decode_sample, index_shard, list_shards, read_sample
+from picopose_ros.training.shard_source import ShardSource
+from picopose_ros.training.shards import Mixed, ShardPairs
 from picopose_ros.training.template_sources import MeshTemplates
 
 K = np.array([[520.0, 0, 235.0], [0, 525.0, 180.0], [0, 0, 1]])
@@ -240,10 +242,10 @@ def test_only_instances_that_pass_the_filters_are_drawn(
         path = _write(tmp_path / f"{name}.tar", [samples[0] | change])
         source = ShardPairs(ShardSource(shards=str(path), models=str(models)), PLAIN)
         (places,) = index_shard(path)[0].values()
-        content = shards_module._read(path, places)
+        content = read_sample(path, places)
         rngs = [np.random.default_rng(seed) for seed in range(24)]
         drawn = [
-            shards_module.decode_sample(content, rng, source.templates.__contains__).instance.number
+            decode_sample(content, rng, source.templates.__contains__).instance.number
             for rng in rngs
         ]
         assert set(drawn) == left, name

@@ -19,7 +19,9 @@ from torch import Tensor
 from picopose_ros.cli.main import main
 from picopose_ros.errors import CheckpointError
 from picopose_ros.model import PicoPose, convert_released, load_model, preset
-from picopose_ros.model.checkpoint import convert_checkpoint, load_backbone, preset_of, resample_pos_embed
+from picopose_ros.model.checkpoint import load_backbone, preset_of
+from picopose_ros.model.conversion import convert_checkpoint
+from picopose_ros.model.released_keys import resample_pos_embed
 
 DINO = "feature_extractor.dinov2."
 DEAD = 40 + 18

@@ -14,15 +14,15 @@ from typing import Any
 
 from rosbags.interfaces import Connection
 
-from picopose_ros import bags
-from picopose_ros.cli.options import add_onboarding_arguments, load_estimator, positive
+from picopose_ros.arguments import add_onboarding_arguments, load_estimator, positive
 from picopose_ros.errors import BagError, CameraError, ImageError, SegmentError
 from picopose_ros.estimator import EstimateResult, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
-from picopose_ros.images import image_to_rgb
+from picopose_ros.instances import InstanceTracker, TrackedPose
+from picopose_ros.messages import bags
+from picopose_ros.messages.images import image_to_rgb
 from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import Symmetries, discover_objects
-from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 _MOST_WARNINGS = 5
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from picopose_ros.cli.options import numbers
+from picopose_ros.arguments import numbers
 from picopose_ros.errors import CameraError
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 

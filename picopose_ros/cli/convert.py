@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PicoPoseError: the checkpoint can't be used, or OUT can't be written.
     """
-    from picopose_ros.model.checkpoint import convert_checkpoint
+    from picopose_ros.model.conversion import convert_checkpoint
 
     done = convert_checkpoint(args.checkpoint, args.out, args.preset, args.half)
     what = "the whole network" if done.part == "network" else "the backbone only, for training"

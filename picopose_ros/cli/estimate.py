@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picopose_ros.cli.options import (
+from picopose_ros.arguments import (
     CLASS_HELP,
     add_onboarding_arguments,
     blaming,
@@ -219,7 +219,7 @@ def write_overlay(args: argparse.Namespace, rgb: np.ndarray, camera: Any, result
     import cv2
 
     from picopose_ros.errors import ImageError
-    from picopose_ros.overlay import Drawn, draw_poses, palette
+    from picopose_ros.instances.overlay import Drawn, draw_poses, palette
     from picopose_ros.templates.meshes import discover_objects, load_object
     from picopose_ros.templates.renderer import MeshRenderer
 

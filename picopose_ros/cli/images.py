@@ -13,10 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from picopose_ros import bags
 from picopose_ros.errors import BagError, CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
-from picopose_ros.images import image_to_rgb
+from picopose_ros.messages import bags
+from picopose_ros.messages.images import image_to_rgb
 from picopose_ros.progress import progress_bar
 
 STAMPS = "stamps.csv"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from picopose_ros.cli.options import CLASS_HELP, check_output
+from picopose_ros.arguments import CLASS_HELP, check_output
 from picopose_ros.errors import ConfigError, SegmentError
 from picopose_ros.segmentation import Segment, segments_from_label_image, segments_to_json
 

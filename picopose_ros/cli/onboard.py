@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from picopose_ros.cli.options import add_onboarding_arguments, load_network, settle_unit
+from picopose_ros.arguments import add_onboarding_arguments, load_network, settle_unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from picopose_ros import bags
-from picopose_ros.cnos import CnosDetections, Problems
 from picopose_ros.errors import BagError, ConfigError, SegmentError
+from picopose_ros.messages import bags
 from picopose_ros.progress import progress_bar
-from picopose_ros.segmentation import Segment
+from picopose_ros.segmentation import CnosDetections, Problems, Segment
 
 
 class Timeline:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from picopose_ros.bags import STORAGES
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.messages.bags import STORAGES
 
 
 def main(argv: list[str] | None = None) -> int:

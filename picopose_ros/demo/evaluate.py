@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from picopose_ros import bags
 from picopose_ros.demo.world import TRUTH_PREFIX
 from picopose_ros.errors import BagError
 from picopose_ros.evaluation.consistency import Consistency, consistency
 from picopose_ros.evaluation.metrics import PoseErrors, match_by_position, pose_errors
+from picopose_ros.messages import bags
 from picopose_ros.templates.meshes import ObjectMesh
 
 MOST_POINTS = 2000

@@ -11,8 +11,9 @@ import numpy as np
 import trimesh
 import yaml
 
-from picopose_ros.training.objects import VALIDATION_SEED, build_object, revolve, superquadric_mesh
-from picopose_ros.training.textures import project_box, project_cylinder
+from picopose_ros.synthetic.objects import VALIDATION_SEED, build_object
+from picopose_ros.synthetic.shapes import revolve, superquadric_mesh
+from picopose_ros.synthetic.textures import project_box, project_cylinder
 
 FONT = cv2.FONT_HERSHEY_DUPLEX
 

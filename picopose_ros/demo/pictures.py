@@ -8,11 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from picopose_ros import bags
 from picopose_ros.demo.evaluate import Recording
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.images import image_to_rgb
-from picopose_ros.overlay import Drawn, draw_poses, palette
+from picopose_ros.instances.overlay import Drawn, draw_poses, palette
+from picopose_ros.messages import bags
+from picopose_ros.messages.images import image_to_rgb
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
 

@@ -18,7 +18,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
-from picopose_ros import bags
+from picopose_ros.messages import bags
 from picopose_ros.msg import SegmentArray
 
 TYPES = {bags.IMAGE: Image, bags.CAMERA_INFO: CameraInfo, bags.SEGMENTS: SegmentArray, bags.TF: TFMessage}

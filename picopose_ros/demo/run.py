@@ -24,7 +24,6 @@ from rclpy.serialization import deserialize_message
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
-from picopose_ros import bags
 from picopose_ros.demo.evaluate import Row, compare, honesty, names_kept, read_recording, table
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
@@ -39,6 +38,7 @@ from picopose_ros.demo.world import (
 )
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.evaluation.consistency import Consistency
+from picopose_ros.messages import bags
 from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 

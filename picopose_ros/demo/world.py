@@ -19,15 +19,14 @@ import cv2
 import numpy as np
 import trimesh
 
-from picopose_ros import bags
 from picopose_ros.demo import objects as demo_objects
 from picopose_ros.demo.objects import OBJECTS, can, from_seed, textured, write_meshes
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.messages import bags
 from picopose_ros.segmentation import Segment
+from picopose_ros.synthetic import objects, shapes, textures
+from picopose_ros.synthetic.objects import VALIDATION_SEED
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training import objects as training_objects
-from picopose_ros.training import textures
-from picopose_ros.training.objects import VALIDATION_SEED
 
 IMAGE_TOPIC = "/camera/image"
 CAMERA_INFO_TOPIC = "/camera/camera_info"
@@ -340,7 +339,7 @@ def record(
 def _fingerprint(frames: int, seed: int, storage: str) -> str:
     """Changes with whatever the world is made from, so that an old recording is never taken for a new one."""
     digest = hashlib.sha256(f"{frames} {seed} {storage}".encode())
-    for module in (sys.modules[__name__], demo_objects, training_objects, textures):
+    for module in (sys.modules[__name__], demo_objects, objects, shapes, textures):
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
 

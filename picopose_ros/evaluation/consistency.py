@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import chi2
 
 from picopose_ros.geometry.covariance import pose_error
-from picopose_ros.symmetries import SymmetryGroup
+from picopose_ros.instances import SymmetryGroup
 from picopose_ros.templates.meshes import Symmetries
 
 GROSS_DEG = 30.0

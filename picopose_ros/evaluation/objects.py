@@ -23,6 +23,7 @@ import yaml
 from picopose_ros.errors import ConfigError, MeshError, PicoPoseError
 from picopose_ros.evaluation.ambiguity import Ambiguity, measure_ambiguity
 from picopose_ros.progress import progress_bar
+from picopose_ros.synthetic.objects import UNSEEN_FAMILY_SEED, VALIDATION_SEED, ProceduralObject, build_object
 from picopose_ros.templates.meshes import (
     MESH_SUFFIXES,
     OBJECTS_FILE,
@@ -33,7 +34,6 @@ from picopose_ros.templates.meshes import (
     mesh_digest,
 )
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.objects import UNSEEN_FAMILY_SEED, VALIDATION_SEED, ProceduralObject, build_object
 
 BENCHMARK_FILE = "benchmark.json"
 OTHER_MESHES = "meshes"

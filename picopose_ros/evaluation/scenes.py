@@ -21,8 +21,8 @@ import numpy as np
 
 from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.evaluation.single import SingleScenes
-from picopose_ros.evaluation.studio import Scene, SceneInstance
 from picopose_ros.evaluation.tabletop import TableScenes
+from picopose_ros.synthetic.studio import Scene, SceneInstance
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
 

@@ -1,7 +1,7 @@
 """Scenes of one object, disturbed as training disturbs its crops but in a full-size image.
 
 The lighting and the occluders are training's own; blur, resolution, exposure, colour, noise and JPEG have
-training's ranges (:func:`picopose_ros.evaluation.studio.camera_effects`). The object is seen from anywhere on
+training's ranges (:func:`picopose_ros.synthetic.studio.camera_effects`). The object is seen from anywhere on
 the sphere, turned by any angle, anywhere in the image. The constants are part of the benchmark's difficulty.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from picopose_ros.evaluation.studio import (
+from picopose_ros.geometry.crops import CROP_SIZE
+from picopose_ros.synthetic.studio import (
     HEIGHT,
     WIDTH,
     Scene,
@@ -24,11 +25,10 @@ from picopose_ros.evaluation.studio import (
     random_rotation,
     window_of,
 )
-from picopose_ros.geometry.crops import CROP_SIZE
+from picopose_ros.synthetic.textures import paint, palette
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.training.augment import occluder, relight
-from picopose_ros.training.textures import paint, palette
 
 DISTANCE_RANGE = (2.2, 6.0)
 """Of the object's centre, in bounding-box diagonals, log-uniform: the diagonal is 83 to 364 px long."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from picopose_ros import __version__
-from picopose_ros.cli.options import add_onboarding_arguments, load_network, positive, settle_unit
+from picopose_ros.arguments import add_onboarding_arguments, load_network, positive, settle_unit
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator, Precision

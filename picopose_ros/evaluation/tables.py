@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from picopose_ros.cnos import Problems
 from picopose_ros.errors import DatasetError
 from picopose_ros.evaluation.bop.comparison import markdown
 from picopose_ros.evaluation.bop.errors import Implementation
@@ -27,6 +26,7 @@ from picopose_ros.evaluation.bop.variants import EPE_STAGES, Variants, answer
 from picopose_ros.evaluation.report import plain, write_atomically
 from picopose_ros.evaluation.score import IMPLEMENTATIONS, Scorer, implementation
 from picopose_ros.progress import progress_bar
+from picopose_ros.segmentation import Problems
 from picopose_ros.templates.renderer import MeshRenderer
 
 

@@ -16,7 +16,9 @@ import trimesh
 from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
 
-from picopose_ros.evaluation.studio import (
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.synthetic.objects import VALIDATION_SEED, build_object
+from picopose_ros.synthetic.studio import (
     HEIGHT,
     WIDTH,
     Scene,
@@ -27,11 +29,9 @@ from picopose_ros.evaluation.studio import (
     instance_of,
     window_of,
 )
-from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.synthetic.textures import paint, project_box
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.objects import VALIDATION_SEED, build_object
-from picopose_ros.training.textures import paint, project_box
 
 INSTANCES = (4, 6)
 """How many objects of the folder stand on the table."""

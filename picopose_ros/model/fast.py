@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from picopose_ros.model.affine import compose_affine, initial_flow
 from picopose_ros.model.config import GRIDS
+from picopose_ros.model.features import Features
 from picopose_ros.model.matching import bank_scores
 from picopose_ros.model.offsets import (
     Head,
@@ -32,9 +32,6 @@ from picopose_ros.model.offsets import (
     turned,
 )
 from picopose_ros.model.winograd import WinogradConv
-
-if TYPE_CHECKING:
-    from picopose_ros.model.network import Features, PicoPose
 
 _WINOGRAD_CHANNELS = 128
 """Fewest channels for which Winograd's convolutions paid off on a CPU."""
@@ -147,11 +144,12 @@ class FastStages:
     It keeps folded copies of stage 3's weights: make a new one when the network's weights change.
 
     Attributes:
-        model: the network. schedule: what is done to be fast.
+        model: the network, a `PicoPose` (which makes these stages, so that its type is not imported here).
+        schedule: what is done to be fast.
         pairs_at_once: pairs in a pass beyond which nothing is gained.
     """
 
-    def __init__(self, model: PicoPose, schedule: Schedule | None = None) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule | None = None) -> None:
         self.model = model
         self.schedule = schedule or Schedule()
         with torch.no_grad():

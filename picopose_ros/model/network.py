@@ -21,23 +21,10 @@ from picopose_ros.model.agreement import match_agreement
 from picopose_ros.model.backbone import make_backbone
 from picopose_ros.model.config import ModelConfig
 from picopose_ros.model.fast import FastStages, Schedule
+from picopose_ros.model.features import Features
 from picopose_ros.model.matching import match_scores_masked, match_scores_released, patch_mask
 from picopose_ros.model.offsets import OffsetLevel, OffsetRegressor
 from picopose_ros.model.pyramid import make_pyramid
-
-
-@dataclass
-class Features:
-    """A batch of encoded crops."""
-
-    taps: tuple[Tensor, ...]
-    """Three backbone maps (B, C_i, h_i, w_i) that feed stage 3."""
-    descriptors: Tensor
-    """(B, C, 256) unit vectors, one per patch, row-major."""
-
-    def select(self, index: Tensor) -> Features:
-        """The crops named by index (n,)."""
-        return Features(tuple(tap[index] for tap in self.taps), self.descriptors[index])
 
 
 @dataclass

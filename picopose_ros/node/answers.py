@@ -16,6 +16,8 @@ from visualization_msgs.msg import MarkerArray
 
 from picopose_ros.errors import MeshError, RenderError
 from picopose_ros.estimator import ObjectPose
+from picopose_ros.instances import InstanceTracker, TrackedPose
+from picopose_ros.instances.overlay import OverlayPainter
 from picopose_ros.node.conversions import (
     detections_message,
     image_from_rgb,
@@ -31,9 +33,7 @@ from picopose_ros.node.pairing import Pair
 from picopose_ros.node.parameters import NodeParameters
 from picopose_ros.node.subscriptions import OutputPublisher
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown
-from picopose_ros.overlay import OverlayPainter
 from picopose_ros.templates.meshes import ObjectSpec
-from picopose_ros.tracking import InstanceTracker, TrackedPose
 
 try:
     from tf2_ros import TransformBroadcaster

@@ -10,7 +10,7 @@ import numpy as np
 
 from picopose_ros.errors import CameraError, ImageError, SegmentError
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.images import compressed_to_rgb, image_to_rgb
+from picopose_ros.messages.images import compressed_to_rgb, image_to_rgb
 from picopose_ros.node.conversions import BadSegment, camera_from_message, segments_from_message
 from picopose_ros.node.drops import DropReason
 from picopose_ros.node.masks import segments_from_detections, segments_from_mask

@@ -9,10 +9,10 @@ import numpy as np
 from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
+from picopose_ros.instances import TrackedPose
+from picopose_ros.instances.overlay import palette
 from picopose_ros.node.conversions import pose_to_message
-from picopose_ros.overlay import palette
 from picopose_ros.templates.meshes import ObjectSpec, collada_unit, referenced_files
-from picopose_ros.tracking import TrackedPose
 
 LABELS = "labels/"
 """Namespace of the names is this and the class; that of the meshes is the class alone."""

@@ -21,7 +21,7 @@ from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimator import Precision
-from picopose_ros.smoothing import SmoothingSettings
+from picopose_ros.instances import SmoothingSettings
 
 
 class Changeable(Enum):

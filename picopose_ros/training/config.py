@@ -14,7 +14,7 @@ import yaml
 from picopose_ros.errors import ConfigError
 from picopose_ros.model.config import PRESETS, ViTConfig
 from picopose_ros.training.pairs import Difficulty
-from picopose_ros.training.shards import ShardSource
+from picopose_ros.training.shard_source import ShardSource
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.geometry.crops import normalise_crop
+from picopose_ros.training.labels import pose_affine
 from picopose_ros.training.losses import AffineLabels
 from picopose_ros.training.pairs import Difficulty, Sample, draw_sample, template_centre
 from picopose_ros.training.pool import BrokenSampleError, PoolReader
-from picopose_ros.training.released import pose_affine
 
 _PATIENCE = 100
 """A source with this many broken samples in a row is given up."""

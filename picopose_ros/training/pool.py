@@ -27,9 +27,9 @@ import trimesh
 
 from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.geometry.crops import CropBox, crop_box_from_mask, crop_mask, crop_points_consistent
+from picopose_ros.synthetic.objects import VALIDATION_SEED, build_object
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import viewpoint_rotations
-from picopose_ros.training.objects import VALIDATION_SEED, build_object
 
 QUERY_SIZE = 256
 _FORMAT = 1

@@ -11,12 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from picopose_ros.model import PicoPose
@@ -25,14 +22,12 @@ from picopose_ros.model.checkpoint import load_backbone
 from picopose_ros.model.config import CELL, GRIDS
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.model.offsets import OffsetLevel
+from picopose_ros.training.config import TrainConfig
+from picopose_ros.training.data import Batch
 from picopose_ros.training.distributed import per_process
 from picopose_ros.training.losses import LABEL_GRID, AffineLabels, affine_loss, flow_labels
 from picopose_ros.training.pairs import PairLabels, QueryCrop, pair_labels
 from picopose_ros.training.pool import TemplateView
-
-if TYPE_CHECKING:
-    from picopose_ros.training.config import TrainConfig
-    from picopose_ros.training.data import Batch
 
 TEMPERATURE = 0.1
 """Of the InfoNCE loss; fixed, not learned."""
@@ -85,32 +80,6 @@ PAPER = ReleasedForm()
 """The paper's losses, unflawed: what a training uses."""
 RELEASED = ReleasedForm(squared_scale=True, whole_pixels=True, flaws=ReleasedFlaws(True, True, True, True))
 """Everything as the released code has it."""
-
-
-def pose_affine(
-    T_cam_ctr_q: np.ndarray,
-    K_q: np.ndarray,
-    M_crop_img_q: np.ndarray,
-    T_cam_ctr_t: np.ndarray,
-    K_t: np.ndarray,
-    M_crop_img_t: np.ndarray,
-) -> tuple[np.ndarray, float, float]:
-    """Stage 2's label of the paper: the affine that the relative pose of query and template implies.
-
-    Args:
-        T_cam_ctr_q, T_cam_ctr_t: (4, 4) poses of the same object frame, metres. K_q, K_t: (3, 3) cameras.
-        M_crop_img_q, M_crop_img_t: (3, 3) full image -> crop px, uniform scale. Suffix q: query, t: template.
-    Returns:
-        tau (2,) in units of 14 crop px; scale; angle in radians: the first of the extrinsic z-x-y angles of
-        the relative rotation.
-    """
-    centres = []
-    for T, K, M in ((T_cam_ctr_q, K_q, M_crop_img_q), (T_cam_ctr_t, K_t, M_crop_img_t)):
-        centres.append((np.asarray(M, np.float64) @ K @ (T[:3, 3] / T[2, 3]))[:2])
-    zoom = (M_crop_img_q[0, 0] * K_q[0, 0]) / (M_crop_img_t[0, 0] * K_t[0, 0])
-    turn = np.asarray(T_cam_ctr_q, np.float64)[:3, :3] @ np.asarray(T_cam_ctr_t, np.float64)[:3, :3].T
-    angle = Rotation.from_matrix(turn).as_euler("zxy")[0]
-    return (centres[0] - centres[1]) / CELL, float(T_cam_ctr_t[2, 3] / T_cam_ctr_q[2, 3] * zoom), float(angle)
 
 
 def visibility_labels(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from picopose_ros.cli.options import positive
+from picopose_ros.arguments import positive
 from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.training import distributed
 from picopose_ros.training.config import TrainConfig

@@ -28,7 +28,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from vision_msgs.msg import Detection3DArray
 from world import load_views, stamped
 
-from picopose_ros.bags import stamp_of
+from picopose_ros.messages.bags import stamp_of
 
 DELAY_FRAMES = 3
 """How many images later a segmentation is sent: 100 ms at 30 Hz."""

@@ -10,8 +10,8 @@ from picopose_ros.msg import SegmentArray
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, Image
 
-from picopose_ros import bags
 from picopose_ros.errors import BagError
+from picopose_ros.messages import bags
 
 SEGMENTS = 4
 

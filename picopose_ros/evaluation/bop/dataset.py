@@ -6,7 +6,6 @@ the files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from picopose_ros.errors import DatasetError
+from picopose_ros.files import read_json
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.templates.meshes import (
     MODELS_INFO_FILE,
@@ -102,7 +102,7 @@ class BopDataset:
         Raises:
             DatasetError: the file can't be read or an entry is no target.
         """
-        entries = _read_json(self.targets_path, list)
+        entries = read_json(self.targets_path, list, DatasetError)
         return [
             _parsed(
                 lambda e: Target(*(int(e[key]) for key in ("scene_id", "im_id", "obj_id", "inst_count"))),
@@ -177,7 +177,7 @@ class BopDataset:
     @cached_property
     def _eval_info(self) -> dict[str, Any]:
         path = self.eval_models_dir / MODELS_INFO_FILE
-        return _read_json(path, dict) if path.is_file() else {}
+        return read_json(path, dict, DatasetError) if path.is_file() else {}
 
     def image_path(self, scene_id: int, image_id: int) -> Path:
         """The colour or gray image's file.
@@ -283,7 +283,7 @@ class BopDataset:
             self._scene = (scene_id, {})
         files = self._scene[1]
         if file not in files:
-            files[file] = _read_json(path, dict)
+            files[file] = read_json(path, dict, DatasetError)
         if str(image_id) not in files[file]:
             raise DatasetError(f"{path}: has no entry of image {image_id}")
         return files[file][str(image_id)], f"{path}, image {image_id}"
@@ -343,18 +343,6 @@ def _parsed(parse: Callable[[Any], _T], entry: Any, where: str) -> _T:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DatasetError(f"{where}: is not in BOP's form ({reason})") from error
-
-
-def _read_json(path: Path, kind: type[_T]) -> _T:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DatasetError(f"{path} can't be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path} is no JSON file ({error})") from error
-    if not isinstance(content, kind):
-        raise DatasetError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
 
 
 def _find(paths: list[Path]) -> Path | None:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from picopose_ros.cnos import Detection, Problems, read_cnos
 from picopose_ros.errors import SegmentError
 from picopose_ros.evaluation.bop.dataset import Target
-from picopose_ros.segmentation import Segment, bop_class_name
+from picopose_ros.segmentation import Detection, Problems, Segment, bop_class_name, read_cnos
 
 NOTHING_DETECTED = "image without detections"
 NO_SCORE = "detection without a score"

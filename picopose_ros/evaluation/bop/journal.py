@@ -29,7 +29,7 @@ class ImageRecord:
         scene_id, image_id: which one.
         lines: its rows, as in the csv.
         timings: milliseconds by stage.
-        problems: (kind, what), as in :class:`picopose_ros.cnos.Problems`.
+        problems: (kind, what), as in :class:`picopose_ros.segmentation.Problems`.
         failed: nothing could be estimated because of the image; it is tried again when the run goes on.
         extra: what else a run keeps of the image, in plain types.
     """

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from picopose_ros.cli.options import positive
-from picopose_ros.cnos import Problems
+from picopose_ros.arguments import positive
 from picopose_ros.errors import CameraError, ConfigError, DatasetError, ImageError
 from picopose_ros.estimator import PoseEstimator
 from picopose_ros.evaluation.bop.dataset import BopDataset
@@ -28,6 +27,7 @@ from picopose_ros.evaluation.bop.journal import ImageRecord, Journal
 from picopose_ros.evaluation.bop.results import BopRow, write_results
 from picopose_ros.evaluation.bop.setup import BopRun, add_estimation_arguments
 from picopose_ros.evaluation.report import plain, table, write_atomically
+from picopose_ros.segmentation import Problems
 
 NO_POSE = "segment without a pose"
 

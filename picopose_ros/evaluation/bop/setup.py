@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from picopose_ros import __version__
-from picopose_ros.cli.options import add_network_arguments, positive
+from picopose_ros.arguments import add_network_arguments, positive
 from picopose_ros.errors import DatasetError, MeshError
 from picopose_ros.estimator import EstimatorSettings, PoseEstimator, torch_device
 from picopose_ros.evaluation.bop.dataset import BopDataset

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from picopose_ros.cnos import Problems
 from picopose_ros.errors import CameraError, DatasetError, ImageError
 from picopose_ros.estimator import Hypothesis, ObjectPose, PoseEstimator, SegmentTrace
 from picopose_ros.evaluation.bop.dataset import BopDataset, GroundTruth
@@ -21,6 +20,7 @@ from picopose_ros.evaluation.stages import endpoint_errors, true_map, viewpoints
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.correspondences import fit_similarity
 from picopose_ros.geometry.crops import CROP_SIZE, GRID
+from picopose_ros.segmentation import Problems
 from picopose_ros.templates.meshes import ObjectMesh, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import spread_viewpoints

@@ -1,9 +1,4 @@
-"""Procedural objects: unlike families of shapes, textured, made from one integer seed.
-
-Seeds below :data:`VALIDATION_SEED` are for training. From there to :data:`UNSEEN_FAMILY_SEED` come
-validation objects of the same families, and from there on validation objects whose shape and texture
-families training never sees.
-"""
+"""Shapes of procedural objects: random solids of unlike families, without textures."""
 
 from __future__ import annotations
 
@@ -13,61 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import trimesh
 
-from picopose_ros.training.textures import paint, project_box, project_cylinder
-
-#: Seeds from here on are held out: they must never be trained on.
-VALIDATION_SEED = 1_000_000
-#: Seeds from here on also use only the shape and texture families that training never sees.
-UNSEEN_FAMILY_SEED = 2_000_000
-#: Longest-lived bounds of the size draw: bounding-box diagonal in metres, log-uniform.
-SIZE_RANGE = (0.02, 1.0)
-
 
 @dataclass(frozen=True)
-class ProceduralObject:
-    """One object made from a seed."""
+class Shape:
+    """A random solid and how it is textured."""
 
-    seed: int
-    parts: list[trimesh.Trimesh]  # textured, metres; the origin is anywhere near the object, not its centre
-    shape_families: tuple[str, ...]  # one name per part
-    texture_families: tuple[str, ...]  # one name per part
-
-    @property
-    def bounds(self) -> np.ndarray:
-        """Bounding box ``(2, 3)`` in metres."""
-        return _bounds(self.parts)
-
-    @property
-    def diagonal(self) -> float:
-        """Length of the bounding box's diagonal in metres."""
-        return float(np.linalg.norm(np.ptp(self.bounds, axis=0)))
-
-    def centred(self) -> list[trimesh.Trimesh]:
-        """Copies of the parts with the bounding-box centre at the origin."""
-        centre = self.bounds.mean(axis=0)
-        return [_moved(part, -centre) for part in self.parts]
-
-
-@dataclass(frozen=True)
-class _Shape:
     mesh: trimesh.Trimesh  # before texturing, unit-ish size
     smooth: bool  # shaded with the vertex normals of the whole shape
     wrap: bool = False  # a cylindrical projection suits it
 
 
-def _bounds(parts: list[trimesh.Trimesh]) -> np.ndarray:
-    return np.array(
-        [np.min([p.bounds[0] for p in parts], axis=0), np.max([p.bounds[1] for p in parts], axis=0)]
-    )
-
-
-def _moved(part: trimesh.Trimesh, shift: np.ndarray) -> trimesh.Trimesh:
-    moved = part.copy()
-    moved.apply_translation(shift)
-    return moved
-
-
-def _mesh(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+def triangle_mesh(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+    """A mesh of vertices (n, 3) and faces (m, 3) exactly as given."""
     return trimesh.Trimesh(vertices, faces, process=False)
 
 
@@ -124,7 +76,8 @@ def extrude(outline: np.ndarray, height: float, layers: int, bevel: float = 0.0)
     count = len(outline)
     side = _lattice(len(rings), count, False, True)
     cap = _triangulate(outline)
-    return _mesh(np.concatenate(rings), np.concatenate([side, cap[:, ::-1], cap + count * (len(rings) - 1)]))
+    faces = np.concatenate([side, cap[:, ::-1], cap + count * (len(rings) - 1)])
+    return triangle_mesh(np.concatenate(rings), faces)
 
 
 def _sphere_grid(rows: int = 36, columns: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,15 +114,15 @@ def smooth_profile(points: np.ndarray, count: int) -> np.ndarray:
     return points[np.unique(np.linspace(0, len(points) - 1, count).astype(int))]
 
 
-def _box(rng: np.random.Generator) -> _Shape:
+def _box(rng: np.random.Generator) -> Shape:
     size = np.exp(rng.uniform(np.log(0.2), 0, 3))
     if rng.uniform() < 0.6:
         mesh = trimesh.creation.box(size)
         for _ in range(3):
             mesh = mesh.subdivide()
-        return _Shape(mesh, smooth=False)
+        return Shape(mesh, smooth=False)
     exponent = rng.uniform(0.06, 0.25)  # a superquadric this close to a box is a box with round edges
-    return _Shape(superquadric_mesh(size / 2, exponent, exponent), smooth=True)
+    return Shape(superquadric_mesh(size / 2, exponent, exponent), smooth=True)
 
 
 def _polygon(rng: np.random.Generator) -> np.ndarray:
@@ -218,14 +171,14 @@ def _polygon(rng: np.random.Generator) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle) * stretch], axis=-1) / 2
 
 
-def _prism(rng: np.random.Generator) -> _Shape:
+def _prism(rng: np.random.Generator) -> Shape:
     bevel = rng.uniform(0.03, 0.12) if rng.uniform() < 0.4 else 0.0
-    return _Shape(
+    return Shape(
         extrude(_polygon(rng), np.exp(rng.uniform(np.log(0.12), np.log(1.8))), 10, bevel), smooth=False
     )
 
 
-def _bottle(rng: np.random.Generator) -> _Shape:
+def _bottle(rng: np.random.Generator) -> Shape:
     body, neck = rng.uniform(0.18, 0.4), rng.uniform(0.05, 0.14)
     shoulder, top = rng.uniform(0.5, 0.75), rng.uniform(0.85, 1.1)
     waist = body * rng.uniform(0.7, 1.05)
@@ -235,7 +188,7 @@ def _bottle(rng: np.random.Generator) -> _Shape:
     points = np.array(profile)
     if rng.uniform() < 0.6:
         points = smooth_profile(points, 44)
-    return _Shape(revolve(points), smooth=False, wrap=True)
+    return Shape(revolve(points), smooth=False, wrap=True)
 
 
 def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
@@ -252,14 +205,14 @@ def _vessel_profile(rng: np.random.Generator) -> np.ndarray:
     return np.array(outer + inner)
 
 
-def _bowl(rng: np.random.Generator) -> _Shape:
+def _bowl(rng: np.random.Generator) -> Shape:
     points = _vessel_profile(rng)
-    return _Shape(
+    return Shape(
         revolve(smooth_profile(points, 40) if rng.uniform() < 0.7 else points), smooth=False, wrap=True
     )
 
 
-def _mug(rng: np.random.Generator) -> _Shape:
+def _mug(rng: np.random.Generator) -> Shape:
     points = _vessel_profile(rng)
     body = revolve(points)
     height = points[3, 1]
@@ -269,10 +222,10 @@ def _mug(rng: np.random.Generator) -> _Shape:
     start = float(np.interp(height / 2, points[1:4, 1], points[1:4, 0])) - 0.03
     path = np.stack([start + reach * np.cos(angle), 0 * angle, height / 2 + rise * np.sin(angle)], axis=-1)
     handle = sweep(path, np.full(len(path), thick), 12)
-    return _Shape(trimesh.util.concatenate([body, handle]), smooth=False, wrap=True)
+    return Shape(trimesh.util.concatenate([body, handle]), smooth=False, wrap=True)
 
 
-def _turned(rng: np.random.Generator) -> _Shape:
+def _turned(rng: np.random.Generator) -> Shape:
     """A turned post: random radii along the axis (chess pieces, knobs, spools)."""
     count = int(rng.integers(4, 10))
     z = np.sort(rng.uniform(0, 1.2, count))
@@ -280,7 +233,7 @@ def _turned(rng: np.random.Generator) -> _Shape:
     profile = np.concatenate([[(0, z[0])], np.stack([radius, z], -1), [(0, z[-1])]])
     if rng.uniform() < 0.6:
         profile = smooth_profile(profile, 44)
-    return _Shape(revolve(profile), smooth=False, wrap=True)
+    return Shape(revolve(profile), smooth=False, wrap=True)
 
 
 def _signed_power(value: np.ndarray, exponent: float) -> np.ndarray:
@@ -297,20 +250,20 @@ def superquadric_mesh(half: np.ndarray, e1: float, e2: float) -> trimesh.Trimesh
     return _clean(np.stack([x, y, z], -1).reshape(-1, 3), faces)
 
 
-def _superquadric(rng: np.random.Generator) -> _Shape:
+def _superquadric(rng: np.random.Generator) -> Shape:
     half = np.exp(rng.uniform(np.log(0.15), np.log(0.5), 3))
-    return _Shape(superquadric_mesh(half, rng.uniform(0.25, 2.2), rng.uniform(0.25, 2.2)), smooth=True)
+    return Shape(superquadric_mesh(half, rng.uniform(0.25, 2.2), rng.uniform(0.25, 2.2)), smooth=True)
 
 
-def _capsule(rng: np.random.Generator) -> _Shape:
+def _capsule(rng: np.random.Generator) -> Shape:
     radius, length = rng.uniform(0.12, 0.35), rng.uniform(0.2, 1.0)
     arc = np.linspace(0, np.pi / 2, 10)
     low = np.stack([radius * np.sin(arc), -radius * np.cos(arc)], -1)
     high = np.stack([radius * rng.uniform(0.6, 1.0) * np.cos(arc), length + radius * np.sin(arc)], -1)
-    return _Shape(revolve(np.concatenate([low, high])), smooth=True, wrap=rng.uniform() < 0.5)
+    return Shape(revolve(np.concatenate([low, high])), smooth=True, wrap=rng.uniform() < 0.5)
 
 
-def _torus(rng: np.random.Generator) -> _Shape:
+def _torus(rng: np.random.Generator) -> Shape:
     a, b = np.meshgrid(*[np.linspace(0, 2 * np.pi, n, endpoint=False) for n in (64, 28)], indexing="ij")
     tube, squash = rng.uniform(0.08, 0.22), rng.uniform(0.7, 2.0)
     across = 0.4 + tube * _signed_power(np.cos(b), rng.uniform(0.4, 1.2))
@@ -318,10 +271,10 @@ def _torus(rng: np.random.Generator) -> _Shape:
     vertices = np.stack([across * np.cos(a), across * np.sin(a) * rng.uniform(0.6, 1.0), z], -1).reshape(
         -1, 3
     )
-    return _Shape(_outward(_mesh(vertices, _lattice(64, 28, True, True))), smooth=True)
+    return Shape(_outward(triangle_mesh(vertices, _lattice(64, 28, True, True))), smooth=True)
 
 
-def _blend(rng: np.random.Generator) -> _Shape:
+def _blend(rng: np.random.Generator) -> Shape:
     """A star-shaped body whose radius mixes two superquadrics along a direction."""
     lat, lon, faces = _sphere_grid()
     ray = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
@@ -332,7 +285,7 @@ def _blend(rng: np.random.Generator) -> _Shape:
     direction = rng.standard_normal(3)
     weight = 1 / (1 + np.exp(-rng.uniform(2, 6) * (ray @ (direction / np.linalg.norm(direction)))))
     radius = weight * radii[0] + (1 - weight) * radii[1]
-    return _Shape(_clean((ray * radius[..., None]).reshape(-1, 3), faces), smooth=True)
+    return Shape(_clean((ray * radius[..., None]).reshape(-1, 3), faces), smooth=True)
 
 
 def sweep(path: np.ndarray, radius: np.ndarray, columns: int) -> trimesh.Trimesh:
@@ -350,19 +303,19 @@ def sweep(path: np.ndarray, radius: np.ndarray, columns: int) -> trimesh.Trimesh
     return _clean(np.concatenate(rings), _lattice(len(rings), columns, False, True))
 
 
-def _pipe(rng: np.random.Generator) -> _Shape:
+def _pipe(rng: np.random.Generator) -> Shape:
     """A pipe along a random smooth curve (held out of training)."""
     knots = np.cumsum(rng.normal(0, 0.35, (5, 3)), axis=0)
     t = np.linspace(0, 4, 60)
     path = np.stack([np.interp(t, np.arange(5), knots[:, k]) for k in range(3)], axis=-1)
     for _ in range(40):
         path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
-    return _Shape(
+    return Shape(
         sweep(path, rng.uniform(0.07, 0.16) * np.linspace(1, rng.uniform(0.6, 1.4), 60), 24), smooth=True
     )
 
 
-def _stairs(rng: np.random.Generator) -> _Shape:
+def _stairs(rng: np.random.Generator) -> Shape:
     """A stack of slabs of falling size, each shifted on the one below (held out of training)."""
     slabs, z, size, centre = [], 0.0, rng.uniform(0.6, 1.0, 2), np.zeros(2)
     for _ in range(int(rng.integers(3, 6))):
@@ -373,10 +326,10 @@ def _stairs(rng: np.random.Generator) -> _Shape:
         smaller = size * rng.uniform(0.55, 0.9, 2)
         centre = centre + rng.uniform(-0.5, 0.5, 2) * (size - smaller)
         size, z = smaller, z + height * 0.999
-    return _Shape(trimesh.util.concatenate(slabs), smooth=False)
+    return Shape(trimesh.util.concatenate(slabs), smooth=False)
 
 
-Family = Callable[[np.random.Generator], _Shape]
+Family = Callable[[np.random.Generator], Shape]
 TRAINING_SHAPES: dict[str, tuple[Family, float]] = {
     "box": (_box, 0.2),
     "prism": (_prism, 0.2),
@@ -390,124 +343,3 @@ TRAINING_SHAPES: dict[str, tuple[Family, float]] = {
     "blend": (_blend, 0.1),
 }
 HELD_OUT_SHAPES: dict[str, tuple[Family, float]] = {"pipe": (_pipe, 0.5), "stairs": (_stairs, 0.5)}
-
-
-def _taper_and_bend(rng: np.random.Generator, mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    """Taper along the longest axis, twist around it, or bend it into an arc; most shapes are left alone."""
-    if rng.uniform() > 0.4:
-        return mesh
-    axis = int(mesh.extents.argmax())
-    points = np.roll(mesh.vertices - mesh.bounds.mean(axis=0), 2 - axis, axis=1)
-    length = np.ptp(points[:, 2])
-    along = points[:, 2] / length
-    kind = rng.integers(3)
-    if kind == 0:
-        points[:, :2] *= (1 + rng.uniform(-0.7, 0.7) * along)[:, None]
-    elif kind == 1:
-        twist = rng.uniform(-1.2, 1.2) * along
-        x, y = points[:, 0].copy(), points[:, 1].copy()
-        points[:, 0], points[:, 1] = (
-            np.cos(twist) * x - np.sin(twist) * y,
-            np.sin(twist) * x + np.cos(twist) * y,
-        )
-    else:
-        angle = rng.uniform(0.4, 1.6)
-        radius = length / angle
-        if np.abs(points[:, 0]).max() < 0.8 * radius:
-            turn = along * angle
-            ray = radius - points[:, 0]
-            points[:, 0], points[:, 2] = radius - ray * np.cos(turn), ray * np.sin(turn)
-    return _mesh(np.roll(points, axis - 2, axis=1), mesh.faces)
-
-
-def _random_rotation(rng: np.random.Generator) -> np.ndarray:
-    return trimesh.transformations.random_rotation_matrix(rng.uniform(0, 1, 3))[:3, :3]
-
-
-def _align(source: np.ndarray, target: np.ndarray, roll: float) -> np.ndarray:
-    """Rotation that takes one unit vector to another, rolled about the target."""
-    swing = trimesh.geometry.align_vectors(source, target)[:3, :3]
-    return trimesh.transformations.rotation_matrix(roll, target)[:3, :3] @ swing
-
-
-def _surface_point(rng: np.random.Generator, mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
-    face = rng.choice(len(mesh.faces), p=mesh.area_faces / mesh.area)
-    weight = rng.dirichlet(np.ones(3))
-    return weight @ mesh.triangles[face], mesh.face_normals[face]
-
-
-def _attach(rng: np.random.Generator, body: trimesh.Trimesh, part: trimesh.Trimesh) -> trimesh.Trimesh:
-    """Turn and move a part so that a point of its surface lies sunk into a point of the body's surface."""
-    at, normal = _surface_point(rng, body)
-    own, own_normal = _surface_point(rng, part)
-    rotation = _align(own_normal, -normal, rng.uniform(0, 2 * np.pi))
-    depth = rng.uniform(0.04, 0.15) * part.extents.min()
-    vertices = (part.vertices - own) @ rotation.T + at - depth * normal
-    return _mesh(vertices, part.faces)
-
-
-def _draw(rng: np.random.Generator, families: dict[str, tuple[Family, float]]) -> str:
-    share = np.array([weight for _, weight in families.values()])
-    return list(families)[rng.choice(len(families), p=share / share.sum())]
-
-
-def build_object(
-    seed: int,
-    texture_size: int = 512,
-    unseen_shapes: bool | None = None,
-    unseen_textures: bool | None = None,
-) -> ProceduralObject:
-    """Make the object of a seed, with the names of its families.
-
-    :param seed: any non-negative integer; see the module's text for what its range means.
-    :param texture_size: side of the texture images in pixels.
-    :param unseen_shapes: draw from the shape families that training never sees; None: as the seed's range
-        says.
-    :param unseen_textures: the same for the texture families.
-    :raises ValueError: on a negative seed.
-    """
-    if seed < 0:
-        raise ValueError(f"object seed {seed} is negative: use 0 or more")
-    rng = np.random.default_rng([seed, 0x91C0])
-    unseen = seed >= UNSEEN_FAMILY_SEED
-    if unseen_shapes is None:
-        unseen_shapes = unseen
-    if unseen_textures is None:
-        unseen_textures = unseen
-    families = HELD_OUT_SHAPES if unseen_shapes else TRAINING_SHAPES
-    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.5, 0.2, 0.15, 0.1, 0.05]))
-    names, shapes = [], []
-    for index in range(count):
-        name = _draw(rng, families)
-        shape = families[name][0](rng)
-        mesh = _taper_and_bend(rng, shape.mesh)
-        mesh = _mesh(mesh.vertices / np.linalg.norm(mesh.extents), mesh.faces)
-        if index:
-            mesh = _mesh(mesh.vertices * rng.uniform(0.35, 0.95), mesh.faces)
-            mesh = _attach(rng, shapes[int(rng.integers(index))].mesh, mesh)
-        names.append(name)
-        # the wrap follows the z axis, which only the first part still has
-        shapes.append(_Shape(mesh, shape.smooth, shape.wrap and index == 0))
-    whole = _bounds([shape.mesh for shape in shapes])
-    diagonal = np.exp(rng.uniform(*np.log(SIZE_RANGE)))
-    factor = diagonal / np.linalg.norm(np.ptp(whole, axis=0))
-    turn = np.eye(3) if rng.uniform() < 0.7 else _random_rotation(rng)
-
-    shared = paint(rng, texture_size, unseen_textures)
-    parts, textures = [], []
-    for shape in shapes:
-        name, image = shared if rng.uniform() < 0.4 else paint(rng, texture_size, unseen_textures)
-        mesh = _mesh(shape.mesh.vertices * factor, shape.mesh.faces)
-        scale = float(mesh.extents.max() * rng.uniform(1.1, 2.0))
-        project = project_cylinder if shape.wrap and rng.uniform() < 0.7 else project_box
-        textured = project(mesh, image, rng, scale, shape.smooth)
-        rotation = np.eye(4)
-        rotation[:3, :3] = turn
-        textured.apply_transform(rotation)
-        parts.append(textured)
-        textures.append(name)
-    spread = _bounds(parts)
-    rescale = diagonal / np.linalg.norm(np.ptp(spread, axis=0))  # a turned box has another diagonal
-    for part in parts:
-        part.apply_scale(rescale)
-    return ProceduralObject(seed, parts, tuple(names), tuple(textures))

@@ -1,4 +1,4 @@
-"""What CNOS (https://github.com/nv-nguyen/cnos) found: its JSON file, image by image.
+"""Detections of CNOS (https://github.com/nv-nguyen/cnos): its JSON file, image by image.
 
 The file is one list in the form of the BOP challenge; an entry says of which image it is by ``scene_id`` and
 ``image_id``, and of which object by ``category_id``.
@@ -6,9 +6,8 @@ The file is one list in the form of the BOP challenge; an entry says of which im
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,63 @@ from typing import Any
 import numpy as np
 
 from picopose_ros.errors import SegmentError
-from picopose_ros.segmentation import ClassNames, Segment, segments_from_cnos
+from picopose_ros.files import read_json
+from picopose_ros.segmentation.rle import mask_from_entry
+from picopose_ros.segmentation.segments import Segment
+
+CNOS_LIST = "the JSON list that CNOS writes"
+
+ClassNames = Callable[[int], str] | Mapping[int, str]
+"""How the integer category of a CNOS detection becomes a class id."""
 
 NAMED = 5
 """How many problems of a kind are named one by one; the others are counted."""
+
+
+def bop_class_name(category_id: int) -> str:
+    """Class id of a BOP object: the name of its mesh file, ``obj_000005``."""
+    return f"obj_{category_id:06d}"
+
+
+def segments_from_cnos(
+    detections: Iterable[Mapping[str, Any]] | Path | str,
+    scene_id: int | None = None,
+    image_id: int | None = None,
+    class_names: ClassNames | None = None,
+) -> list[Segment]:
+    """CNOS detections -> segments, in the order of the file.
+
+    Args:
+        detections: the entries, or the JSON file that holds them. Both uncompressed counts (what CNOS writes)
+            and COCO's compressed string are understood.
+        scene_id, image_id: keep only this scene's or image's entries.
+        class_names: integer category -> class id; by default BOP's mesh names (``obj_000005``).
+
+    Raises:
+        SegmentError: the file can't be read, or an entry lacks something or has broken run lengths.
+    """
+    where = "CNOS detections"
+    if isinstance(detections, Path | str):
+        where, detections = str(detections), read_json(detections, list, SegmentError, CNOS_LIST)
+    lookup = class_names or bop_class_name
+    segments = []
+    for index, entry in enumerate(detections):
+        here = f"{where}, entry {index}"
+        if not isinstance(entry, Mapping):
+            raise SegmentError(f"{here}: is a {type(entry).__name__}, expected an object")
+        if scene_id is not None and entry.get("scene_id") != scene_id:
+            continue
+        if image_id is not None and entry.get("image_id") != image_id:
+            continue
+        try:
+            category, score, mask = int(entry["category_id"]), float(entry["score"]), entry["segmentation"]
+            name = lookup[category] if isinstance(lookup, Mapping) else lookup(category)
+        except KeyError as error:
+            raise SegmentError(f"{here}: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise SegmentError(f"{here}: category_id or score is no number") from error
+        segments.append(Segment(name, score, mask_from_entry(mask, here)))
+    return segments
 
 
 class Problems:
@@ -109,7 +161,7 @@ def read_cnos(
     """
     path = Path(path)
     found: dict[tuple[int, int], list[Detection]] = {}
-    for index, entry in enumerate(_read_list(path)):
+    for index, entry in enumerate(read_json(path, list, SegmentError, CNOS_LIST)):
         where = f"{path}, entry {index}"
         try:
             place, detection = _place(entry, where), _detection(entry, where)
@@ -196,18 +248,6 @@ class CnosDetections:
                 "pixels: run CNOS on images of the size that the camera publishes",
             )
         return segments
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SegmentError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SegmentError(f"{path}: is no JSON file ({error})") from error
-    if not isinstance(entries, list):
-        raise SegmentError(f"{path}: expected the JSON list that CNOS writes, got {type(entries).__name__}")
-    return entries
 
 
 def _place(entry: Any, where: str) -> tuple[int, int]:

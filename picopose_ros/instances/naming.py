@@ -12,8 +12,8 @@ from scipy.optimize import linear_sum_assignment
 
 from picopose_ros.geometry.covariance import move_covariance
 from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
-from picopose_ros.smoothing import PoseFilter, SmoothingSettings
-from picopose_ros.symmetries import SymmetryGroup
+from picopose_ros.instances.smoothing import PoseFilter, SmoothingSettings
+from picopose_ros.instances.symmetries import SymmetryGroup
 from picopose_ros.templates.meshes import Symmetries
 
 if TYPE_CHECKING:

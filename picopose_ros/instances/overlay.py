@@ -16,7 +16,7 @@ from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
 if TYPE_CHECKING:
-    from picopose_ros.tracking import TrackedPose
+    from picopose_ros.instances import TrackedPose
 
 _log = logging.getLogger(__name__)
 

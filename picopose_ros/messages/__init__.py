@@ -1,0 +1,1 @@
+"""ROS messages without ROS: the pixels of image messages, and rosbag2 recordings."""

@@ -1,0 +1,1 @@
+"""Procedural objects, textures and scene parts that training, evaluation and the demo share."""
