@@ -3,8 +3,8 @@
 An object is turned about the centre of its surface by a fixed set of rotations of 30 degrees and more, and
 rendered without light from 12 directions. A pixel of the two silhouettes *differs* where only one of them has
 it, where the colours are more than :data:`COLOUR_STEP` apart, or the surfaces more than :data:`DEPTH_STEP` of
-the object's size. The share of pixels that differ, averaged over the directions, says how well the rotation
-can be told from none; the smallest such share over all rotations is the object's *margin*.
+the object's size. The share of pixels that differ, averaged over the directions, measures how visible the
+rotation is; the smallest such share over all rotations is the object's *margin*.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from picopose_ros.templates.viewpoints import icosphere
 
 #: An object with a smaller margin is ambiguous. Chosen by looking at some 20 objects with margins of .02 to
 #: .35, 16 of other seeds than the benchmark's and 7 of its own: below it, one sees no difference in several
-#: of the directions; above it, print or marks tell the two poses apart in nearly all. No network was asked.
+#: of the directions; above it, print or marks distinguish the two poses in nearly all. No network was used.
 #: On the benchmark's objects any value from .11 to .21 says the same.
 AMBIGUOUS_MARGIN = 0.15
 #: A rotation that changes less than this share of the pixels in each of six directions is a symmetry.
@@ -50,7 +50,7 @@ _WORTH_LOOKING = 0.12  # mean gap of the surfaces in radii
 
 @dataclass(frozen=True)
 class Ambiguity:
-    """How much an object looks like itself turned."""
+    """How similar an object looks after a rotation."""
 
     margin: float
     """Smallest share of differing pixels over the rotations, mean over the directions; 1 if no rotation
@@ -58,7 +58,7 @@ class Ambiguity:
     rotation: np.ndarray
     """(4, 4) the rotation of the margin, in the mesh's frame, metres; the identity if there is none."""
     symmetries: Symmetries
-    """The rotations that nobody could see, in the mesh's frame."""
+    """The rotations after which the object looks the same, in the mesh's frame."""
 
     @property
     def ambiguous(self) -> bool:
@@ -76,7 +76,7 @@ def _about(axis: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _angles() -> list[float]:
-    """Every 15 degrees, and the steps of the regular polygons that these leave out."""
+    """Every 15 degrees, and the steps of the regular pentagon and heptagon, which these do not contain."""
     angles = {15.0 * k for k in range(1, 24)}
     for corners in (5, 7):
         angles |= {360.0 * k / corners for k in range(1, corners)}
@@ -118,7 +118,7 @@ def candidate_rotations(points: np.ndarray) -> np.ndarray:
 
 
 class _Booth:
-    """Pictures of one object from the 12 directions, taken from so far that perspective hardly shows."""
+    """Renderings of one object from the 12 directions, from so far away that perspective is negligible."""
 
     def __init__(self, renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh]) -> None:
         self._renderer, self._parts = renderer, parts

@@ -198,7 +198,7 @@ class Benchmark:
         )
 
     def _measure_given(self, scene: Scene, found: list[tuple[_Query, Record]]) -> None:
-        """What the later stages make of the right template, of true affines, and of a far template."""
+        """Stages 2 and 3 with the right template, with true affines, and with a far template."""
         segments, templates, affines, names = [], [], [], []
         for query, record in found:
             first, nearest = query.trace.hypotheses[0].hypothesis, query.views.nearest
@@ -233,7 +233,7 @@ class Benchmark:
             self._substitute(query, record, by_name)
 
     def _substitute(self, query: _Query, record: Record, by_name: dict[str, HypothesisTrace]) -> None:
-        """Put the true answer in each stage. Where there is none, the predicted one stays."""
+        """Replace the result of each stage by the truth. Where there is none, the prediction stays."""
         first, right = query.trace.hypotheses[0], by_name["template"]
         here, there = (query.map_of(one.hypothesis.template) for one in (first, right))
         placed = by_name.get("template and affine", right)

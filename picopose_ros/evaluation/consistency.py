@@ -1,8 +1,8 @@
-"""Are covariances honest? True errors against what the covariances say of them.
+"""Are covariances calibrated? True errors compared with the errors that the covariances predict.
 
 An error ``e`` of a pose whose covariance is ``C`` lies inside the 95 % ellipsoid where ``e' C^-1 e`` is at
-most the 95 % point of the chi-squared distribution with six degrees of freedom. Of honest covariances 95 % of
-the errors do.
+most the 95 % point of the chi-squared distribution with six degrees of freedom. With calibrated
+covariances 95 % of the errors do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from picopose_ros.instances import SymmetryGroup
 from picopose_ros.templates.meshes import Symmetries
 
 GROSS_DEG = 30.0
-"""A rotation farther off is a mistake, not an error: no covariance speaks of those."""
+"""A rotation farther off is a mistake, not an error: no covariance describes those."""
 
 AXES = ("x", "y", "z", "rotation x", "rotation y", "rotation z")
 _HALF_OF_NORMAL = 0.6745
@@ -33,7 +33,7 @@ class Share:
         inside: share of errors inside the 95 % ellipsoid.
         factor: the covariances times this would have 95 % of the errors inside.
         factor_at_half: times this, half of the errors inside the 50 % ellipsoid. The two factors are equal
-            where the errors are normal, as covariances take them to be; a larger first one tells of outliers.
+            where the errors are normal, as covariances assume; a larger first one means outliers.
     """
 
     inside: float
@@ -54,7 +54,7 @@ class Consistency:
     Attributes:
         count: poses compared. gross: poses left out, because their rotation is altogether wrong.
         pose: all six numbers. position, rotation: three of them each.
-        spread: (6,) sizes of the errors in standard deviations (the median's, times 1.48); 1 is honest.
+        spread: (6,) sizes of the errors in standard deviations (the median's, times 1.48); 1 is calibrated.
         bias: (6,) median errors in standard deviations; far from 0 is a systematic error.
     """
 
@@ -74,7 +74,7 @@ class Consistency:
         return values
 
     def lines(self) -> list[str]:
-        """For people to read."""
+        """As text."""
         rows = [
             f"{self.count} poses, {self.gross} more left out (rotation off by over {GROSS_DEG:g} degrees)"
         ]

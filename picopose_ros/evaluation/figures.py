@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 VISIBILITY_BINS = ((0.0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
-"""Visible shares that are told apart."""
+"""Bins of the visible share."""
 
 NEAR_DEG = 15.0
 """A template within this angle of the true viewpoint is a good one: about the spacing of 162 templates."""
@@ -103,7 +103,7 @@ def _share(values: Sequence[float], below: float, count: int) -> float:
 
 
 def confidence_figures(records: Sequence[Record], stage: str) -> dict[str, Any]:
-    """How well the published confidence tells right from wrong."""
+    """How well the published confidence separates right from wrong poses."""
     scores = {
         name: [score for record in records for score in getattr(record, f"{name}_scores")]
         for name in ("right", "far", "other")
@@ -133,7 +133,7 @@ def confidence_figures(records: Sequence[Record], stage: str) -> dict[str, Any]:
 
 
 def calibration(records: Sequence[Record], stage: str) -> Calibration:
-    """The mapping of published confidences that fits, of poses from offsets: it is meant for those only."""
+    """The mapping of confidences, fitted on poses from offsets, the only ones that it is applied to."""
     used = [r for r in records if r.from_offsets(stage)]
     confidence, correct = [r.confidence for r in used], [r.correct(stage) for r in used]
     return fit_calibration(np.array(confidence), np.array(correct))
@@ -194,7 +194,7 @@ def summarise(
 
 
 def query_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One line per query, for who wants to look closer."""
+    """One row per query: errors and confidence."""
     rows = []
     for record in records:
         row: dict[str, Any] = {
@@ -233,7 +233,7 @@ def times(benchmark: Benchmark, onboarding_s: float, total_s: float) -> dict[str
 
 
 def quantiles(instances: Sequence[Difficulty]) -> dict[str, dict[str, float]]:
-    """How hard the queries are: of each measure the 5th, 50th and 95th percentile."""
+    """Difficulty of the queries: the 5th, 50th and 95th percentile of each measure."""
     return {
         name: dict(zip(("5%", "50%", "95%"), np.percentile([vars(i)[name] for i in instances], (5, 50, 95))))
         for name in (vars(instances[0]) if instances else ())

@@ -90,7 +90,7 @@ def mspd(
 ) -> float:
     """Maximum symmetry-aware projection distance (BOP 2019) in pixels of a camera ``K`` (3, 3).
 
-    As the BOP toolkit projects: also what lies behind the camera, which VSD and MSSD don't let pass; infinite
+    As the BOP toolkit projects: points behind the camera too, which VSD and MSSD exclude; infinite
     where a point lies in its plane.
     """
 
@@ -118,7 +118,7 @@ def _least_greatest(
     """The least over forms (S, 4, 4) of the greatest distance of ``count`` points.
 
     Some of the points bound the greatest distance of a form from below, so that only forms that may be the
-    best are looked at with all of them.
+    best are evaluated with all of them.
     """
     few = slice(None, None, max(1, count // _FEW_POINTS))
     bounds = distances(forms, few).max(axis=-1)
@@ -146,7 +146,7 @@ def sphere_projections_overlap(estimate: np.ndarray, truth: np.ndarray, diameter
 
 
 def bop_symmetries(symmetries: Symmetries, step: float = BOP_SYMMETRY_STEP) -> np.ndarray:
-    """Symmetries as BOP takes them: (S, 4, 4), identity first; a continuous one in ceil(pi / step) turns.
+    """Symmetries in BOP's form: (S, 4, 4), identity first; a continuous one in ceil(pi / step) turns.
 
     Several continuous axes are listed one after the other and not combined with each other, as in BOP.
     """
@@ -408,8 +408,8 @@ def matched(errors: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 def match_by_position(estimates: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[int | None]:
     """For every true pose of a class the index of the estimate nearest to it, each used once, or None.
 
-    The assignment has the smallest sum of distances between origins, so it is the fairest one that looks
-    only at positions. Estimates in excess stay unmatched.
+    The assignment has the smallest sum of distances between origins, which uses
+    positions only. Estimates in excess stay unmatched.
     """
     if not len(estimates) or not len(truths):
         return [None] * len(truths)

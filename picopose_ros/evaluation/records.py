@@ -42,7 +42,7 @@ class PairFigures:
 
 @dataclass
 class Record:
-    """Everything that is measured on one query; a figure that there is none of is None or absent."""
+    """Everything that is measured on one query; a figure that does not exist is None or absent."""
 
     scene: str
     class_id: str

@@ -82,7 +82,7 @@ class ReleasedEstimator(PoseEstimator):
         keep: int | None = None,
     ) -> Iterator[tuple[int, Hypothesis]]:
         if trace or affines is not None:
-            raise NotImplementedError("the released schedule tells nothing of its stages")
+            raise NotImplementedError("the released schedule has no trace")
         own = [[i for i, (row, *_) in enumerate(chosen) if row == q] for q in range(len(queries))]
         with _whole_volumes(self.model):
             for start in range(0, len(queries), CHUNK):

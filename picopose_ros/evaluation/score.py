@@ -1,8 +1,8 @@
 """``picopose eval score``: how good the poses of a results csv are, as the BOP Challenge 2019 measures it.
 
-The 6D localisation task: an image, an object and how many instances of it are asked for. The so many
-estimates of the highest scores count. Of the true instances the so many most visible ones are to be found,
-and an estimate that is nearer to a free one than a threshold finds it. A recall is the share that is found,
+The 6D localisation task: an image, an object and how many instances of it are asked for. That
+many estimates with the highest scores count. That many of the most visible true instances are to be found;
+an estimate finds a free instance if its error is below a threshold. A recall is the share that is found,
 an average recall the mean over all thresholds, AR the mean of those of VSD, MSSD and MSPD.
 """
 

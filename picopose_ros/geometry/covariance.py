@@ -32,14 +32,14 @@ def move_covariance(covariance: np.ndarray, arm: np.ndarray) -> np.ndarray:
 
 
 def rotate_covariance(covariance: np.ndarray, R_new_old: np.ndarray) -> np.ndarray:
-    """Covariance (6, 6) in another frame's axes; where that frame is plays no part."""
+    """Covariance (6, 6) in another frame's axes; its position does not matter."""
     turn = np.zeros((6, 6))
     turn[:3, :3] = turn[3:, 3:] = R_new_old
     return turn @ covariance @ turn.T
 
 
 def ray_covariance(point: np.ndarray, across: float, along: float, rotation: float) -> np.ndarray:
-    """Covariance (6, 6) of a pose whose origin is seen well in the image and badly in depth.
+    """Covariance (6, 6) of a pose whose origin is accurate in the image and inaccurate in depth.
 
     Args:
         point: (3,) the origin in the camera's frame, m.

@@ -1,6 +1,6 @@
-"""Square 224-pixel crops of segments and templates, and the geometry that travels with them.
+"""Square 224-pixel crops of segments and templates, and their geometry.
 
-Queries and templates go through the same functions, so that what the network compares was made the same way.
+Queries and templates go through the same functions, so that the network compares equal inputs.
 The conventions (even side, shifting instead of padding, bilinear resize without antialiasing, BGR with CLIP
 constants) are the released network's.
 """

@@ -1,4 +1,4 @@
-"""Pose from 2D-3D pairs with outliers, and how certain it is."""
+"""Pose and covariance from 2D-3D pairs with outliers (PnP with RANSAC)."""
 
 from __future__ import annotations
 

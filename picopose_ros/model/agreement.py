@@ -1,4 +1,4 @@
-"""Stage 1's second thought: which of the best matching templates have matches that agree on one motion."""
+"""Reranking of stage 1: which of the best matching templates have matches that agree on one motion."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def match_agreement(
 ) -> Tensor:
     """How much of a crop a similarity transform of each template explains.
 
-    Patch by patch a wrong view can look as alike as the right one, but its matches lie in disorder. For each
+    Patch by patch a wrong view can match as well as the right one, but its matches are inconsistent. For each
     template the similarity transform that most of its patches' best matches agree on is fitted; then it is
-    seen how near to each patch of the crop it brings the template's patch that matches best. Not in the
+    measured how near to each patch of the crop it brings the template's patch that matches best. Not in the
     paper.
 
     Args:

@@ -39,7 +39,7 @@ class ViTBackbone(nn.Module):
 
 
 class HybridBackbone(nn.Module):
-    """Convolutions down to 16x16, then transformer blocks: learns from far fewer pairs than a plain ViT.
+    """Convolutions down to 16x16, then transformer blocks: needs far fewer training pairs than a plain ViT.
 
     The taps are 64x64, 32x32 and 16x16 maps.
     """

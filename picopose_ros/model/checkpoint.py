@@ -59,7 +59,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a weights file of any kind; nothing that it says is run."""
+    """Tensors and metadata of a weights file of any kind; nothing in it is executed."""
     if not _is_torch(path):
         with _opened(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -90,7 +90,7 @@ def _state_dict(content: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Differences:
-    """What a state dict lacks of a model, or has beside it."""
+    """Keys that a state dict lacks, has in addition, or has in another shape."""
 
     missing: list[str]
     extra: list[str]

@@ -42,10 +42,10 @@ _WIDEST = 2**23
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is done to be fast, one by one, so that what each brings can be measured.
+    """The optimisations, each with a switch, so that its effect can be measured.
 
     Attributes:
-        template_parts: a template's share of the heads' first convolution is computed once and remembered;
+        template_parts: a template's share of the heads' first convolution is computed once and cached;
             False: with every hypothesis.
         local_lookup: correlations are looked up without the volume of all pairs of cells.
         winograd: large 3x3 convolutions on a CPU in fp32 by Winograd's method.
@@ -63,7 +63,7 @@ class Schedule:
 
 @dataclass
 class Prepared:
-    """What is computed of B crops before they meet.
+    """What is computed of B crops before they are paired.
 
     Attributes:
         descriptors: (B, C, 256) unit vectors.
@@ -84,7 +84,7 @@ class Prepared:
         return [self.each(lambda t, i=i: t[i : i + 1].clone()) for i in range(len(self.descriptors))]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All there is."""
+        """All tensors."""
         return (self.descriptors, *self.maps, *self.parts)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Prepared:
@@ -104,7 +104,7 @@ class Prepared:
 
 @dataclass
 class Refining:
-    """B pairs on their way through stage 3.
+    """State of B pairs in stage 3.
 
     Attributes:
         affine: (B, 3, 3) template crop px -> query crop px.

@@ -127,7 +127,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "prune",
         0,
-        "So many of the hypotheses, the most promising ones, go through the finest grid; 0: all of them.",
+        "How many hypotheses, the best after the coarse grids, go through the finest grid; 0: all of them.",
         minimum=0,
         maximum=32,
         changeable=Changeable.ALWAYS,

@@ -71,7 +71,7 @@ class TemplateSource(Protocol):
 
 
 class _Recent:
-    """The last few results by number; a failure is remembered, too, and raised again."""
+    """The last few results by number; a failure is kept, too, and raised again."""
 
     def __init__(
         self, make: Callable[[int], T], keep: int, drop: Callable[[T], None] = lambda _: None

@@ -177,7 +177,7 @@ class _Skipped:
 
 
 class _Stop:
-    """Makes of Ctrl-C and SIGTERM a flag: a run ends between two steps. A second Ctrl-C ends it at once."""
+    """Turns Ctrl-C and SIGTERM into a flag: a run ends between two steps. A second Ctrl-C ends it at once."""
 
     def __enter__(self) -> _Stop:
         self._flag = False

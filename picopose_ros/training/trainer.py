@@ -69,7 +69,7 @@ def _start_loader(_: int) -> None:
 
 
 class _Careful(torch.utils.data.Dataset[Batch | PicoPoseError]):
-    """Hands the package's errors on as they are; a loader would make of their message a traceback."""
+    """Passes the package's errors on unchanged; a loader would turn their message into a traceback."""
 
     def __init__(self, data: BatchDataset) -> None:
         self._data = data
@@ -225,7 +225,7 @@ class Trainer:
             group.update(own)
 
     def _compare(self, before: str | None) -> None:
-        """Say which keys of the config are others than those the run was begun with."""
+        """Log the keys of the config that differ from those the run was started with."""
         if before is None or self.rank:
             return
         old, new = json.loads(before), json.loads(json.dumps(asdict(self.config)))

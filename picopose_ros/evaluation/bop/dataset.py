@@ -255,7 +255,7 @@ class BopDataset:
             return truths
         infos, where = self._entry("scene_gt_info.json", scene_id, image_id)
         if len(infos) != len(truths):
-            raise DatasetError(f"{where}: speaks of {len(infos)} instances, scene_gt.json of {len(truths)}")
+            raise DatasetError(f"{where}: has {len(infos)} instances, scene_gt.json has {len(truths)}")
         return [
             _parsed(lambda i, t=truth: _with_info(t, i), info, f"{where}, instance {k}")
             for k, (truth, info) in enumerate(zip(truths, infos))

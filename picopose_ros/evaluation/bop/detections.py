@@ -55,11 +55,11 @@ class BopDetections:
 
     @property
     def images(self) -> set[tuple[int, int]]:
-        """(scene, image) that the file speaks of."""
+        """(scene, image) that the file has entries of."""
         return set(self._images)
 
     def select(self, targets: Sequence[Target], size: tuple[int, int], cap: int | None = None) -> Selection:
-        """What the released code selects: as many detections of an object as are asked for, surest first.
+        """The released code's choice: as many detections of an object as are asked for, best score first.
 
         An object of whose class nothing was detected in the image gets all detections of the image, as if
         they were of its class. A detection whose score is not positive is not used, as one whose mask is of

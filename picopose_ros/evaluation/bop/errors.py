@@ -81,7 +81,7 @@ class Model:
         return cKDTree(self.mesh.vertices)
 
     def add_or_add_s(self, estimate: np.ndarray, truth: np.ndarray) -> float:
-        """ADD(-S) in metres; infinite where an ADD-S is certainly no right one."""
+        """ADD(-S) in metres; infinite where a bound shows that an ADD-S is not below any threshold."""
         vertices = self.mesh.vertices
         if not self.symmetric:
             return add(vertices, estimate, truth)
@@ -96,7 +96,7 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """An image that estimates are judged in: its camera, its depth (H, W) in metres, who renders."""
+    """An image that estimates are judged in: its camera, its depth (H, W) in metres, the renderer."""
 
     camera: CameraModel
     depth: np.ndarray
@@ -105,7 +105,7 @@ class View:
 
 
 class Implementation(Protocol):
-    """Of the errors and of the matching."""
+    """Errors and matching."""
 
     name: str
 
@@ -220,7 +220,7 @@ class Toolkit:
 
     def found(self, errors: np.ndarray, scores: Sequence[float], thresholds: np.ndarray) -> np.ndarray:
         """See `Implementation`."""
-        told = [
+        estimates = [
             {
                 "est_id": e,
                 "score": score,
@@ -229,7 +229,7 @@ class Toolkit:
             }
             for e, (score, own) in enumerate(zip(scores, errors, strict=True))
         ]
-        return np.array([len(self._matching.match_poses(told, [threshold])) for threshold in thresholds])
+        return np.array([len(self._matching.match_poses(estimates, [threshold])) for threshold in thresholds])
 
 
 class _MillimetreRenderer:

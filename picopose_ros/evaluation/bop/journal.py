@@ -1,4 +1,4 @@
-"""What has been estimated so far, on disk: an image whose line is there is never estimated again.
+"""The images estimated so far, on disk: an image that has a line is not estimated again.
 
 Every process appends to a file of its own, one JSON line per image, synced before the next image is begun.
 A process that is killed leaves at worst half a line, which the next run cuts off.
@@ -23,7 +23,7 @@ _FORMAT = 1
 
 @dataclass
 class ImageRecord:
-    """What became of one image.
+    """The result of one image.
 
     Attributes:
         scene_id, image_id: which one.
@@ -127,14 +127,14 @@ class Journal:
         return found
 
     def close(self) -> None:
-        """Let go of this process's journal."""
+        """Close this process's journal."""
         self._file.close()
 
     @contextlib.contextmanager
     def merging(self) -> Iterator[None]:
-        """One process at a time reads all journals and writes what comes out.
+        """One process at a time reads all journals and writes the result.
 
-        Who comes last has seen everything that the others had written before they came.
+        The last process to enter sees everything that the others have written.
         """
         try:
             with (self.folder / ".merge.lock").open("ab") as lock:

@@ -21,7 +21,7 @@ class BopRow:
 
     Attributes:
         scene_id, im_id, obj_id: what it is an estimate of.
-        score: the larger, the surer.
+        score: higher is better.
         R: (3, 3) rotation model -> camera.
         t_mm: (3,) translation model -> camera, millimetres.
         time: seconds for all estimates of the image, the same in each of its rows; -1 where it is unknown.

@@ -1,9 +1,8 @@
 """``picopose eval bop``: the poses that a BOP dataset asks for, as the csv of the BOP Challenge.
 
-The run is a matter of images: each is estimated by itself, all its segments in one batch, and kept in a
-journal before the next one is begun. A run that was stopped or killed goes on where it was. Several
-processes, started by ``torchrun``, share the images out among them; whoever finds that all are done writes
-the csv.
+Each image is estimated by itself, all its segments in one batch, and kept in a journal before the next one. A
+run that was stopped or killed goes on with the next image when it is started again. Several processes,
+started by ``torchrun``, divide the images among them; the process that finishes last writes the csv.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from picopose_ros.segmentation import Problems
 NO_POSE = "segment without a pose"
 
 _ORDINARY = {NOTHING_DETECTED, NO_SCORE, NO_POSE}
-"""Problems that every dataset has and that nothing can be done about."""
+"""Problems that every dataset has; they do not make the run fail."""
 
 
 def estimate_image(
@@ -44,7 +43,7 @@ def estimate_image(
     score: str = "detection",
     cap: int | None = None,
 ) -> ImageRecord:
-    """What the csv says about one image. An image or camera that can't be used is a failed record.
+    """The rows of one image. An image or camera that can't be used is a failed record.
 
     Args:
         score: ``detection`` or ``pose``, whose score the rows get.
@@ -141,7 +140,7 @@ def this_process(device: str) -> tuple[int, int, str]:
 def _finish(
     args: argparse.Namespace, bop: BopRun, about: Mapping[str, Any], records: Sequence[ImageRecord]
 ) -> int:
-    """Write csv and report, say how it went."""
+    """Write csv and report, print a summary."""
     rows = [row for record in records for row in record.rows]
     dataset = bop.dataset
     problems = Problems([*bop.detections.problems.entries, *(e for r in records for e in r.problems)])
