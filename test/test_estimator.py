@@ -168,8 +168,8 @@ def test_small_batches_and_memory_give_the_same_poses(world, three):
     narrow = world.estimator(hypotheses=3, max_batch=2, template_cache_mb=1)
     result = narrow.estimate(rgb, PINHOLE, segments)
     assert max(world.model.encoded) == 2
-    for a, b in zip(wide.poses, result.poses):
-        np.testing.assert_array_equal(a.T_cam_obj, b.T_cam_obj)
+    for a, b in zip(wide.poses, result.poses):  # batches of another size may round otherwise
+        np.testing.assert_allclose(a.T_cam_obj, b.T_cam_obj, atol=1e-4)
     world.model.encoded.clear()
     narrow.estimate(rgb, PINHOLE, segments)
     assert sum(world.model.encoded) > 3, "a cache of 1 MB can't hold all templates"
@@ -446,7 +446,7 @@ def test_a_trace_tells_what_each_stage_did_and_changes_nothing(world, three):
                 (trace.query.M_crop_img @ np.append(centre, 1.0))[:2], bank.centres[index], atol=0.01
             )
     (first,) = world.estimator(hypotheses=1).estimate(rgb, PINHOLE, segments[:1]).poses
-    np.testing.assert_array_equal(first.T_cam_obj, result.traces[0].answers[0].T_cam_obj)
+    np.testing.assert_allclose(first.T_cam_obj, result.traces[0].answers[0].T_cam_obj, atol=1e-4)
 
 
 def test_later_stages_can_be_given_a_template_or_other_correspondences(world, three):
@@ -466,9 +466,7 @@ def test_later_stages_can_be_given_a_template_or_other_correspondences(world, th
 def test_the_background_is_left_where_it_is_asked_for(world, three):
     rgb, _, segments = world.picture(three[:1])
     rgb = np.where(segments[0].mask[..., None], rgb, 200)
-    crops = [
-        world.estimator(keep_background=keep)._crop(rgb, segments)[0][0].crop for keep in (False, True)
-    ]
+    crops = [world.estimator(keep_background=keep)._crop(rgb, segments)[0][0].crop for keep in (False, True)]
     outside = crops[0] != crops[1]
     assert outside.any() and (crops[0].min() < crops[1].min())
     assert not outside.all()

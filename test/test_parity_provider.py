@@ -161,16 +161,17 @@ def test_query_crops(parity: Parity, traces: list[SegmentTrace]) -> None:
     assert [query.index for query in queries] == list(range(parity.detections))
     parity.assert_matches("provider/real_rgb", np.stack([query.crop for query in queries]), 1e-6)
     np.testing.assert_array_equal(np.stack([q.mask for q in queries]), parity.tensor("provider/real_mask"))
-    np.testing.assert_array_equal(np.stack([q.M_crop_img for q in queries]), parity.tensor("provider/real_M"))
+    # float32: the last bits depend on the processor.
+    parity.assert_matches("provider/real_M", np.stack([q.M_crop_img for q in queries]), 1e-6)
     points = np.stack([cell_centres_in_image(query.M_crop_img) for query in queries])
-    np.testing.assert_array_equal(points.transpose(0, 2, 1, 3), parity.tensor("provider/real_pts2d"))
+    parity.assert_matches("provider/real_pts2d", points.transpose(0, 2, 1, 3), 1e-6)
 
 
 def test_templates(parity: Parity, estimator: PoseEstimator) -> None:
     (bank,) = estimator.banks.values()
     parity.assert_matches("provider/tem_rgb", bank.crops(range(len(bank))), 1e-6)
     parity.assert_matches("provider/tem_mask", bank.masks.astype(np.float32), 0)
-    np.testing.assert_array_equal(bank.M_crop_img, parity.tensor("provider/tem_M"))
+    parity.assert_matches("provider/tem_M", bank.M_crop_img, 1e-6)
     np.testing.assert_allclose(bank.T_cam_ctr, parity.tensor("provider/tem_pose"), rtol=1e-6, atol=1e-9)
     parity.assert_matches("provider/tem_pts3d", bank.points_nearest, 1e-6)
 
