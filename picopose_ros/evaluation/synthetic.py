@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=EstimatorSettings().prune,
         metavar="N",
-        help="only the N hypotheses best after the coarse grids go through the last one (%(default)s); 0: all",
+        help="the N best hypotheses after the coarse grids go through the last one (%(default)s); 0: all",
     )
     parser.add_argument(
         "--second-look", action="store_true", help="once more from the template nearest to the best pose"
