@@ -33,7 +33,7 @@ PARAMETERS = {
     "preset": (str, "Size of the network: tiny or vitl."),
     "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
     "cache_dir": (str, "Where onboarded objects are kept, for all cameras."),
-    "segmentation_input": (str, "What segmentation carries: segments, detections or mask."),
+    "segmentation_input": (str, "What segmentation carries: segments, detections, boxes, yolo or mask."),
     "mask_class": (str, "Class of the object in a mask."),
     "image_transport": (str, "raw or compressed."),
     "target_frame": (str, "Frame in which the poses are published too; needs tf2_ros."),

@@ -27,7 +27,7 @@ PARAMETERS = {
     "weights": (str, "Checkpoint of the network."),
     "preset": (str, "Size of the network: tiny or vitl."),
     "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
-    "segmentation_input": (str, "What segmentation carries: segments, detections or mask."),
+    "segmentation_input": (str, "What segmentation carries: segments, detections, boxes, yolo or mask."),
     "mask_class": (str, "Class of the object in a mask."),
     "image_transport": (str, "raw or compressed."),
     "tf_prefix": (str, "Put before the instance's name to make its TF frame."),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generates the ROS interfaces that PyPI does not have (vision_msgs, tf2_msgs, this package's own) and installs
+# Generates the ROS interfaces that PyPI does not have (vision_msgs, tf2_msgs, yolo_msgs, this package's own) and installs
 # them into a virtual environment that holds the ROS wheels; such an environment is a ROS prefix.
 #
 # usage: build_interfaces.sh VENV BUILD_FOLDER
@@ -12,7 +12,7 @@ build="$(cd "$2" && pwd)"
 unset MAKEFLAGS MFLAGS
 export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv"
 
-for source in "$root/plain_ros/vision_msgs" "$root/plain_ros/tf2_msgs" "$root"; do
+for source in "$root/plain_ros/vision_msgs" "$root/plain_ros/tf2_msgs" "$root/plain_ros/yolo_msgs" "$root"; do
   folder="$build/$(basename "$source")"
   if [ "$source" = "$root" ]; then folder="$build/picopose_ros"; fi
   log="$folder.log"

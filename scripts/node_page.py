@@ -9,6 +9,7 @@ them. The last column of a table is written by hand and kept; that of a new row 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 import tempfile
@@ -86,7 +87,8 @@ def configurations() -> list[dict[str, str]]:
     """The node's default, and one for each other value of a parameter that may change topics."""
     varied = [s for s in PARAMETERS if s.choices and s.name not in SAME_TOPICS]
     others = [{s.name: value} for s in varied for value in s.choices if value != s.default]
-    return [{}, *others]
+    missing = [{"segmentation_input": "yolo"}] if importlib.util.find_spec("yolo_msgs") is None else []
+    return [{}, *(one for one in others if one not in missing)]
 
 
 @contextmanager
@@ -206,11 +208,10 @@ def _condition(where: Sequence[Mapping[str, str]], everywhere: Sequence[Mapping[
     if len(where) == len(everywhere):
         return ""
     for name in {name: None for one in everywhere for name in one}:
-        values = [one.get(name, SPECS[name].default) for one in where]
-        if len(set(values)) == 1 and len(where) == sum(
-            one.get(name, SPECS[name].default) == values[0] for one in everywhere
-        ):
-            return f"`{name}: {values[0]}`"
+        values = {one.get(name, SPECS[name].default) for one in where}
+        if len(where) == sum(one.get(name, SPECS[name].default) in values for one in everywhere):
+            ordered = [str(value) for value in SPECS[name].choices if value in values]
+            return f"`{name}: {ordered[0]}`" + "".join(f" or `{value}`" for value in ordered[1:])
     return "some settings"
 
 
@@ -262,11 +263,13 @@ def generate(text: str) -> str:
     """The page as it should be."""
     topics, services, keys = observe()
     parameters = parameter_rows()
-    varied = {name for one in configurations() for name in one}
+    every = configurations()
+    varied = {name for one in every for name in one}
+    met = {f"`{name}: {one.get(name, SPECS[name].default)}`" for name in varied for one in every}
 
     def conditional(row: Row) -> bool:
         """A row under a condition that no configuration of this script meets."""
-        return bool(row[3]) and row[3].strip("`").split(":")[0] not in varied
+        return bool(row[3]) and row[3].split(" or ")[0] not in met
 
     text = page_with(text, "topics", lambda lines: merge(lines, topics, conditional))
     text = page_with(text, "services", lambda lines: merge(lines, services))

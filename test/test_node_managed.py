@@ -35,7 +35,8 @@ from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection2D, Detection2DArray, Detection3DArray, ObjectHypothesisWithPose
 from visualization_msgs.msg import Marker, MarkerArray
 
-from picopose_ros.segmentation import Segment
+from picopose_ros.node.conversions import stamp_to_nanoseconds
+from picopose_ros.segmentation import Segment, mask_roi
 
 NAMESPACE = "/cell"
 NODE = {
@@ -391,6 +392,65 @@ def test_detections_with_a_label_image(
         for key, value in values.items()
         if key.startswith("problem_")
     )
+
+
+@pytest.mark.parametrize("segmenter", [Detection2DArray], indirect=True)
+def test_boxes_alone(
+    client: Client, node: NodeProcess, meshes: Path, scene: Scene, segmenter: Segmenter
+) -> None:
+    configure(client, node, meshes, segmentation_input="boxes")
+    connected(client, client.image, client.camera_info, segmenter.segmentation)
+    message, _ = labelled(scene)
+    for detection, segment in zip(message.detections, scene.segments, strict=True):
+        x, y, w, h = mask_roi(segment.mask)
+        detection.bbox.center.position.x, detection.bbox.center.position.y = x + w / 2, y + h / 2
+        detection.bbox.size_x, detection.bbox.size_y = float(w), float(h)
+    message.detections.append(Detection2D())
+    # Boxes before their image, and boxes whose image never comes.
+    message.header = header(client.next_stamp())
+    segmenter.segmentation.publish(message)
+    message.header = header(client.next_stamp())
+    segmenter.segmentation.publish(message)
+    stamp = client.send_frame(scene, stamp_to_nanoseconds(message.header.stamp))
+    assert classes(client.detections(stamp)) == ["block", "can", "block"]
+    values = client.diagnostic_values(
+        lambda v: "last_bad_segment" in v and "last_no_image" in v, "what can't be used"
+    )
+    assert "detection 3 ('?') on /cell/segmentation has no result" in values["last_bad_segment"]
+
+
+def test_yolo_detections(client: Client, node: NodeProcess, meshes: Path, scene: Scene) -> None:
+    yolo_msgs = pytest.importorskip("yolo_msgs.msg", reason="yolo_msgs is not installed")
+    configure(client, node, meshes, segmentation_input="yolo")
+    segmenter = Segmenter(node.domain, yolo_msgs.DetectionArray)
+    connected(client, client.image, client.camera_info, segmenter.segmentation)
+    named = []
+    for places in ((0, 1, 2), (2, 1, 0)):
+        message = yolo_msgs.DetectionArray()
+        for place, tracked in zip(places, ("4", "5", "6"), strict=True):
+            segment = scene.segments[place]
+            # On twice the resolution, as a network whose input is larger than the camera's image.
+            mask = segment.mask.astype(np.uint8)
+            outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            found = yolo_msgs.Detection(class_name=segment.class_id, score=0.9, id=tracked)
+            found.mask.height, found.mask.width = 2 * HEIGHT, 2 * WIDTH
+            found.mask.data = [
+                yolo_msgs.Point2D(x=2.0 * x + 1, y=2.0 * y + 1) for x, y in outline[0][0][:, 0].tolist()
+            ]
+            message.detections.append(found)
+        message.detections.append(yolo_msgs.Detection(class_name="line", id="8"))
+        message.detections[-1].mask.data = [yolo_msgs.Point2D(), yolo_msgs.Point2D(x=9.0)]
+        stamp = client.send_frame(scene)
+        message.header = header(stamp)
+        segmenter.segmentation.publish(message)
+        answer = client.detections(stamp)
+        assert classes(answer) == [scene.segments[place].class_id for place in places]
+        named.append([detection.id for detection in answer.detections])
+    # The two blocks have changed places: they are who the detector says they are.
+    assert named[0] == named[1]
+    values = client.diagnostic_values(lambda v: "2 points" in v.get("last_bad_segment", ""), "the line")
+    assert "('line') on /cell/segmentation: its polygon has 2 points" in values["last_bad_segment"]
+    segmenter.close()
 
 
 @pytest.mark.parametrize("segmenter", [Image], indirect=True)

@@ -56,6 +56,33 @@ def names(tracked: Sequence[TrackedPose]) -> list[str]:
 # Names.
 
 
+def test_a_tracked_id_names_the_instance_wherever_it_is() -> None:
+    tracker = InstanceTracker(timeout=1.0, max_distance=0.3)
+    first = tracker.update(0.0, [pose("cup"), pose("cup", 0.1)], tracked_ids=["7", "9"])
+    assert names(first) == ["cup_0", "cup_1"]
+    # They have changed places, and far: by distance alone they would change names, or get new ones.
+    assert names(tracker.update(0.1, [pose("cup", 0.1), pose("cup")], tracked_ids=["7", "9"])) == [
+        "cup_0",
+        "cup_1",
+    ]
+    assert names(tracker.update(0.2, [pose("cup", 2.0)], tracked_ids=["9"])) == ["cup_1"]
+    # Another class with the same number is another object; without a number the distance decides.
+    assert names(tracker.update(0.3, [pose("box", 2.0), pose("cup", 2.0)], tracked_ids=["9", ""])) == [
+        "box_0",
+        "cup_1",
+    ]
+    # A number that the detector gave anew: the place is as before.
+    assert names(tracker.update(0.4, [pose("cup", 2.0)], tracked_ids=["12"])) == ["cup_1"]
+    assert names(tracker.update(0.5, [pose("cup", 0.1), pose("cup", -1.0)], tracked_ids=["", "12"])) == [
+        "cup_0",
+        "cup_1",
+    ]
+    # Back after it was retired.
+    tracker.update(3.0, [])
+    assert tracker.names == []
+    assert names(tracker.update(3.1, [pose("cup", 5.0)], tracked_ids=["12"])) == ["cup_1"]
+
+
 def test_new_instances_are_numbered_by_class_in_order_of_input() -> None:
     tracked = InstanceTracker().update(0.0, [pose("cup"), pose("box", 0.2), pose("cup", 0.4)])
     assert names(tracked) == ["cup_0", "box_0", "cup_1"]

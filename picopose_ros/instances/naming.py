@@ -55,6 +55,7 @@ class _Track:
     stamp: float
     T_cam_obj: np.ndarray  # as it was last published
     T_fixed_cam: np.ndarray | None
+    tracked_id: str = ""  # what the detector calls it
     filter: PoseFilter | None = None
     name: str = field(init=False)
 
@@ -71,6 +72,9 @@ class InstanceTracker:
     rest, up to ``max_distance``. A pose without an instance begins a new one. An instance that is missing
     longer than ``timeout`` is retired, and only then is its name free: for what turns up where it was last
     seen, else for whatever comes, the smallest number first.
+
+    A detector that follows what it sees (yolo_ros) may say which pose is what: a pose with the tracked id of
+    an instance belongs to it wherever it is, because the detector has seen the images in between.
 
     Stamps are seconds of the images' clock. What is answered late (a stamp before the newest) is named, but
     moves nothing. A stamp more than ``timeout`` before the newest is a clock that was set back: all starts
@@ -119,7 +123,11 @@ class InstanceTracker:
         self._groups = {class_id: SymmetryGroup(value) for class_id, value in symmetries.items()}
 
     def update(
-        self, stamp: float, poses: Sequence[ObjectPose], T_fixed_cam: np.ndarray | None = None
+        self,
+        stamp: float,
+        poses: Sequence[ObjectPose],
+        T_fixed_cam: np.ndarray | None = None,
+        tracked_ids: Sequence[str] | None = None,
     ) -> list[TrackedPose]:
         """Name the poses of one image.
 
@@ -128,6 +136,7 @@ class InstanceTracker:
             poses: of the image.
             T_fixed_cam: (4, 4) camera -> a frame that stands still, at that stamp, where it is known. Then a
                 camera that swings doesn't look like objects that move.
+            tracked_ids: per pose what its detector calls the instance, "" for nothing.
 
         Returns:
             One per pose, in the same order.
@@ -136,12 +145,13 @@ class InstanceTracker:
             self.clear()
         late = stamp < self._newest
         self._newest = max(self._newest, stamp)
-        found = self._associate(stamp, poses, range(len(poses)), self._tracks, T_fixed_cam)
+        ids = [""] * len(poses) if tracked_ids is None else tracked_ids
+        found = self._associate(stamp, poses, range(len(poses)), self._tracks, T_fixed_cam, ids)
         self.expire(self._newest, keep=[track.name for track in found.values()])
         new = [row for row in range(len(poses)) if row not in found]
         taken = set(self.names)
         free = [ghost for ghost in self._ghosts.values() if ghost.name not in taken]
-        again = self._associate(stamp, poses, new, free, T_fixed_cam)
+        again = self._associate(stamp, poses, new, free, T_fixed_cam, ids)
         taken |= {ghost.name for ghost in again.values()}
         tracked: dict[int, TrackedPose] = {}
         for row in (*again, *(row for row in new if row not in again)):
@@ -153,6 +163,9 @@ class InstanceTracker:
             taken.add(tracked[row].name)
         for row, track in found.items():
             tracked[row] = self._follow(track, stamp, poses[row], T_fixed_cam, late)
+        by_name = {track.name: track for track in self._tracks}
+        for row, one in tracked.items():
+            by_name[one.name].tracked_id = ids[row] or by_name[one.name].tracked_id
         return [tracked[row] for row in range(len(poses))]
 
     def expire(self, stamp: float, keep: Iterable[str] = ()) -> None:
@@ -188,13 +201,16 @@ class InstanceTracker:
         rows: Sequence[int],
         tracks: Sequence[_Track],
         T_fixed_cam: np.ndarray | None,
+        ids: Sequence[str],
     ) -> dict[int, _Track]:
-        """Pairs of poses, by their rows, and instances."""
-        found: dict[int, _Track] = {}
+        """Pairs of poses, by their rows, and instances: by the tracked ids, then by where they are."""
+        known = {(track.class_id, track.tracked_id): track for track in tracks if track.tracked_id}
+        found = {row: known.pop(key) for row in rows if (key := (poses[row].class_id, ids[row])) in known}
+        paired = {track.name for track in found.values()}
         for class_id in dict.fromkeys(poses[row].class_id for row in rows):
-            own = [row for row in rows if poses[row].class_id == class_id]
-            those = [track for track in tracks if track.class_id == class_id]
-            if those:
+            own = [row for row in rows if poses[row].class_id == class_id and row not in found]
+            those = [track for track in tracks if track.class_id == class_id and track.name not in paired]
+            if own and those:
                 found |= self._associate_class(stamp, poses, own, those, T_fixed_cam)
         return found
 

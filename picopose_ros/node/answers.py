@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rclpy.node import Node
@@ -160,9 +160,12 @@ class Answers:
         self._outputs["markers"].publish(clearing_markers(header))
 
     def publish(
-        self, poses: list[ObjectPose], pair: Pair, p: NodeParameters
+        self, poses: list[ObjectPose], pair: Pair, p: NodeParameters, tracked_ids: Sequence[str] | None = None
     ) -> tuple[list[TrackedPose], list[str]]:
-        """Publish the poses of an image; returns them with their names, and names that are no more."""
+        """Publish the poses of an image; returns them with their names, and names that are no more.
+
+        ``tracked_ids``: per pose what its detector calls the instance, see `InstanceTracker.update`.
+        """
         header: Header = pair.image.header
         T_target_cam = None
         in_tf = self._fit_for_tf(header, poses, p)
@@ -176,7 +179,7 @@ class Answers:
             if pair.epoch != self._epoch:
                 self._tracker.clear()
                 self._epoch = pair.epoch
-            tracked = self._tracker.update(stamp, poses, T_target_cam)
+            tracked = self._tracker.update(stamp, poses, T_target_cam, tracked_ids)
             retired = self._tracker.retired()
             self._last_answer = stamp, time.monotonic(), header
         names, poses = [one.name for one in tracked], [one.pose for one in tracked]

@@ -12,6 +12,7 @@ from picopose_ros.errors import CameraError, ImageError, SegmentError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.messages.images import compressed_to_rgb, image_to_rgb
 from picopose_ros.node.conversions import BadSegment, camera_from_message, segments_from_message
+from picopose_ros.node.detections import segments_from_boxes, segments_from_yolo
 from picopose_ros.node.drops import DropReason
 from picopose_ros.node.masks import segments_from_detections, segments_from_mask
 from picopose_ros.segmentation import Segment
@@ -55,6 +56,10 @@ def segment_reader(kind: str, mask_class: str, topics: Mapping[str, str]) -> Rea
         return lambda both, height, width: segments_from_detections(
             *both, height, width, topic, topics["labels"]
         )
+    if kind == "boxes":
+        return lambda boxes, height, width: segments_from_boxes(boxes, height, width, topic)
+    if kind == "yolo":
+        return lambda found, height, width: segments_from_yolo(found, height, width, topic)
     if kind == "mask":
         return lambda mask, height, width: segments_from_mask(mask, mask_class, height, width, topic)
     return lambda message, height, width: segments_from_message(message, height, width, topic)

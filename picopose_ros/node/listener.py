@@ -15,6 +15,7 @@ from vision_msgs.msg import Detection2DArray
 from picopose_ros.errors import ConfigError
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.conversions import stamp_to_nanoseconds
+from picopose_ros.node.detections import yolo_message_type
 from picopose_ros.node.diagnostics import Latencies
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.pairing import HalfJoin, Pair, PairingCounts, StampPairing
@@ -43,6 +44,18 @@ def resolve_topics(node: Node, p: NodeParameters) -> dict[str, str]:
         if other != name:
             raise ConfigError(f"topics {other} and {name} are both {topic}: remap one of them")
     return topics
+
+
+def segmentation_type(kind: str) -> type:
+    """Type of the topic ``segmentation`` (parameter ``segmentation_input``).
+
+    Raises:
+        ConfigError: the package of the message is not installed.
+    """
+    if kind == "yolo":
+        return yolo_message_type()
+    types = {"segments": SegmentArray, "mask": Image}
+    return types.get(kind, Detection2DArray)
 
 
 class Listener:
@@ -80,9 +93,10 @@ class Listener:
         """Find the topics' names, make the buffers.
 
         Raises:
-            ConfigError: two topics are the same.
+            ConfigError: two topics are the same, or the segmentation's package is not installed.
         """
         self.topics = resolve_topics(self._node, p)
+        segmentation_type(p.segmentation_input)  # told of now, not when the node is activated
         with self._lock:
             self._pairing = StampPairing(
                 p.buffer_seconds,
@@ -110,7 +124,7 @@ class Listener:
             self._subscribe("labels", Image, labels, SEGMENTATION_DEPTH)
             self._subscribe("segmentation", Detection2DArray, boxes, SEGMENTATION_DEPTH)
         else:
-            kind = Image if p.segmentation_input == "mask" else SegmentArray
+            kind = segmentation_type(p.segmentation_input)
             self._subscribe("segmentation", kind, self._on_segmentation, SEGMENTATION_DEPTH)
 
     def stop(self) -> None:

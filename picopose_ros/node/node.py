@@ -351,7 +351,8 @@ class PicoPoseNode(ManagedNode):
         after = time.monotonic()
         for reason, message in judged.dropped:
             self._drops.record(reason, message)
-        tracked, retired = self._answers.publish(judged.poses, pair, p)
+        tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
+        tracked, retired = self._answers.publish(judged.poses, pair, p, tracked_ids)
         done = time.monotonic()
         self._latencies.record(
             {

@@ -164,9 +164,10 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "segmentation_input",
         "segments",
         "What the topic segmentation carries: segments (picopose_ros/SegmentArray), detections "
-        "(vision_msgs/Detection2DArray, with a label image on the topic labels), or mask (a mono8 image of "
-        "one object, whose class is mask_class).",
-        choices=("segments", "detections", "mask"),
+        "(vision_msgs/Detection2DArray, with a label image on the topic labels), boxes "
+        "(vision_msgs/Detection2DArray alone), yolo (yolo_msgs/DetectionArray of yolo_ros), or mask (a mono8 "
+        "image of one object, whose class is mask_class).",
+        choices=("segments", "detections", "boxes", "yolo", "mask"),
     ),
     ParameterSpec(
         "mask_class", "", "Class of the object in a mask. Required where segmentation_input is mask."

@@ -18,11 +18,15 @@ class Segment:
         class_id: name of the object's class: what the bank of that object is called, or an alias of it.
         score: the segmenter's confidence, 0..1.
         mask: (H, W) bool, True on the visible pixels of the instance; the size of the image it was made from.
+        is_box: the mask is a detector's box: it holds the instance, and what is around and before it too.
+        tracked_id: what a tracking detector calls the instance from image to image; "" where none does.
     """
 
     class_id: str
     score: float
     mask: np.ndarray
+    is_box: bool = False
+    tracked_id: str = ""
 
     def __post_init__(self) -> None:
         mask = np.asarray(self.mask)
