@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picopose_ros.evaluation.report import number, plain, share, table, write_atomically
+from picopose_ros.evaluation.report import ADD_RECALLS, number, plain, share, table, write_atomically
 
 HELDOUT = "data/heldout"
 DEMO = "build/demo/meshes"
@@ -165,15 +165,13 @@ def _thresholds(report: Mapping[str, Any]) -> list[dict[str, float | None]]:
 
 # -- the page ----------------------------------------------------------------------------------------------
 
-ADD = ("add_recall", "add_recall_05d", "add_recall_02d")
-
 
 def _pose_cells(cut: Mapping[str, Any]) -> list[str]:
     one, five = cut.get("1", {}), cut.get("5", {})
     return [
         str(cut["queries"]),
-        share(one.get(ADD[0])),
-        *(share(five.get(name)) for name in ADD),
+        share(one.get(ADD_RECALLS[0])),
+        *(share(five.get(name)) for name in ADD_RECALLS),
         number(five.get("rotation_deg"), 1),
         number(five.get("translation_mm"), 1),
         share(five.get("mspd_10px")),
@@ -232,7 +230,7 @@ def _stages(main: Summary) -> str:
         rows.append(
             [
                 name,
-                *(share(pose.get(key)) for key in ADD),
+                *(share(pose.get(key)) for key in ADD_RECALLS),
                 number(pose["rotation_deg"], 1),
                 number(pose["translation_mm"], 1),
                 share(pose["ar"]),

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import yaml
 
 from picopose_ros.errors import ConfigError, MeshError, PicoPoseError
 from picopose_ros.evaluation.ambiguity import Ambiguity, measure_ambiguity
+from picopose_ros.evaluation.report import write_atomically
 from picopose_ros.progress import progress_bar
 from picopose_ros.synthetic.objects import UNSEEN_FAMILY_SEED, VALIDATION_SEED, ProceduralObject, build_object
 from picopose_ros.templates.meshes import (
@@ -119,7 +118,7 @@ def write_heldout(
             class_id = _class_id(index)
             spec = ObjectSpec(class_id, folder / f"{class_id}.glb")
             group, made = make_heldout(index, first_seed)
-            _replace(spec.path, glb_bytes(made.parts))
+            write_atomically(spec.path, glb_bytes(made.parts))
             done[class_id] = _entry(group, made, load_object(spec), renderer)
             _write_benchmark(folder, objects, first_seed, done)
     done = dict(sorted(done.items()))
@@ -127,7 +126,7 @@ def write_heldout(
     for class_id, entry in done.items():
         if entry["symmetric"]:
             settings[class_id]["symmetries"] = entry["symmetries"]
-    _replace(folder / OBJECTS_FILE, yaml.safe_dump(settings).encode())
+    write_atomically(folder / OBJECTS_FILE, yaml.safe_dump(settings).encode())
     _write_benchmark(folder, objects, first_seed, done, complete=True)
 
 
@@ -304,23 +303,7 @@ def _write_benchmark(
         "complete": complete,
         "objects": done,
     }
-    _replace(folder / BENCHMARK_FILE, json.dumps(content, indent=1).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader sees the old content or the new one."""
-    name = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(name, path)
-    except OSError as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
-        raise PicoPoseError(
-            f"cannot write {path} ({error.strerror}): free disk space or choose another folder"
-        ) from error
+    write_atomically(folder / BENCHMARK_FILE, json.dumps(content, indent=1).encode())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

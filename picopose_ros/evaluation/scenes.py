@@ -19,7 +19,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from picopose_ros.errors import ConfigError, PicoPoseError
+from picopose_ros.errors import ConfigError
+from picopose_ros.evaluation.report import write_atomically
 from picopose_ros.evaluation.single import SingleScenes
 from picopose_ros.evaluation.tabletop import TableScenes
 from picopose_ros.synthetic.studio import Scene, SceneInstance
@@ -120,8 +121,7 @@ def difficulty_figure(instances: Sequence[Difficulty], path: str | Path) -> None
     """Draw histograms of visibility, distance and size into a PNG.
 
     Raises:
-        ConfigError: there are no instances.
-        PicoPoseError: the file cannot be written.
+        ConfigError: there are no instances, or the file can't be written.
     """
     if not instances:
         raise ConfigError("no instances to draw: make more scenes")
@@ -131,14 +131,8 @@ def difficulty_figure(instances: Sequence[Difficulty], path: str | Path) -> None
         ("longer side, px", [one.pixels for one in instances], np.linspace(0, 480, 13), "{:.0f}"),
     )
     picture = np.hstack([_histogram(*panel) for panel in panels])
-    done, coded = cv2.imencode(".png", picture)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(coded.tobytes())
-        part.replace(path)
-    except OSError as error:
-        raise PicoPoseError(f"cannot write {path} ({error.strerror}): choose another place") from error
+    _, coded = cv2.imencode(".png", picture)
+    write_atomically(Path(path), coded.tobytes())
 
 
 def _histogram(title: str, values: Sequence[float], edges: np.ndarray, form: str) -> np.ndarray:
