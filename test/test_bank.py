@@ -31,6 +31,8 @@ from picopose_ros.templates.bank import (
     loading,
     onboard,
 )
+from picopose_ros.templates.bank import cache as cache_module
+from picopose_ros.templates.bank.templates import ARRAYS
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer, Rendering
 from picopose_ros.templates.viewpoints import viewpoint_rotations
@@ -127,7 +129,7 @@ def test_some_templates_are_a_bank_too(bank: TemplateBank) -> None:
     ids = [7, 0, 41, 7]
     part = bank.select(ids)
     assert len(part) == 4 and part.class_id == "egg" and part.diameter == bank.diameter
-    for name in bank_module._ARRAYS:
+    for name in ARRAYS:
         whole, some = getattr(bank, name), getattr(part, name)
         expected = whole[ids] if len(whole) == VIEWS else whole
         assert some.dtype == whole.dtype and np.array_equal(some, expected), name
@@ -251,7 +253,7 @@ def test_impossible_number_of_views_is_refused(mesh: ObjectMesh, model: PicoPose
 
 
 def same(a: TemplateBank, b: TemplateBank) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in bank_module._ARRAYS)
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ARRAYS)
 
 
 class Builds:
@@ -268,7 +270,7 @@ class Builds:
 @pytest.fixture
 def builds(bank: TemplateBank, monkeypatch: pytest.MonkeyPatch) -> Builds:
     builds = Builds(bank)
-    monkeypatch.setattr(bank_module, "build_bank", builds)
+    monkeypatch.setattr(cache_module, "build_bank", builds)
     return builds
 
 
@@ -338,8 +340,8 @@ def test_other_version_and_settings_make_an_entry_stale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_or_build(spec, model, VIEWS, tmp_path / "cache")
-    monkeypatch.setattr(bank_module, "__version__", "99.0")
-    monkeypatch.setattr(bank_module, "DISTANCE", 3.0)
+    monkeypatch.setattr(cache_module, "__version__", "99.0")
+    monkeypatch.setattr(cache_module, "DISTANCE", 3.0)
     load_or_build(spec, model, VIEWS, tmp_path / "cache")
     assert builds.count == 2
     assert "stale: render settings, package version changed" in caplog.text
@@ -487,7 +489,7 @@ def test_process_killed_while_it_writes_leaves_nothing_behind(
 ) -> None:
     cache = tmp_path / "cache"
     fingerprint = model_fingerprint(model)
-    save_file = bank_module.save_file
+    save_file = cache_module.save_file
 
     def die(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -498,11 +500,11 @@ def test_process_killed_while_it_writes_leaves_nothing_behind(
         die()
 
     def killed_while_writing() -> None:
-        bank_module.save_file = die_half_written
+        cache_module.save_file = die_half_written
         load_or_build(spec, model, VIEWS, cache, fingerprint=fingerprint)
 
     def killed_before_the_rename() -> None:
-        bank_module._sync = die
+        cache_module._sync = die
         load_or_build(spec, model, VIEWS, cache, fingerprint=fingerprint)
 
     for work in (killed_while_writing, killed_before_the_rename):
@@ -537,7 +539,7 @@ def test_processes_at_once_build_it_once(
         result = load_or_build(spec, model, VIEWS, tmp_path / "cache", fingerprint=fingerprint)
         os._exit(0 if same(result, bank) else 1)
 
-    monkeypatch.setattr(bank_module, "build_bank", slow_build)
+    monkeypatch.setattr(cache_module, "build_bank", slow_build)
     assert run_in_processes(3, work) == [0, 0, 0]
     assert built.value == 1
     assert len(entries(tmp_path / "cache")) == 1

@@ -19,9 +19,10 @@ from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValu
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from picopose_ros.errors import ConfigError
+from picopose_ros.errors import ConfigError, MeshError
 from picopose_ros.estimator import Precision
 from picopose_ros.instances import SmoothingSettings
+from picopose_ros.templates.meshes import resolve_path
 
 
 class Changeable(Enum):
@@ -84,6 +85,14 @@ class ParameterSpec:
         return f"parameter {self.name} is {value!r}: {reason}" if reason else ""
 
 
+def _unknown_place(value: str) -> str:
+    try:
+        resolve_path(value)
+    except MeshError as error:
+        return str(error)
+    return ""
+
+
 def _no_leading_slash(value: str) -> str:
     return "TF frames have no leading slash: leave it out" if value.startswith("/") else ""
 
@@ -96,7 +105,11 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         changeable=Changeable.AT_START,
     ),
     ParameterSpec(
-        "mesh_dir", "", "Folder with one mesh file, or one folder holding it, per object. Required."
+        "mesh_dir",
+        "",
+        "Folder with one mesh file, or one folder holding it, per object; or one mesh file. A path, "
+        "~/folder, package://name/folder or file:///folder. Required.",
+        check=_unknown_place,
     ),
     ParameterSpec(
         "unit",
@@ -105,7 +118,12 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         choices=("m", "mm", "cm", "in"),
     ),
     ParameterSpec("preset", "tiny", "Size of the network.", choices=("tiny", "vitl")),
-    ParameterSpec("weights", "", "Checkpoint of the network; empty takes the one shipped with the preset."),
+    ParameterSpec(
+        "weights",
+        "",
+        "Checkpoint of the network; empty takes the one shipped with the preset.",
+        check=_unknown_place,
+    ),
     ParameterSpec(
         "device", "auto", "Where the network runs: cpu, cuda, cuda:1, or auto (cuda where there is one)."
     ),
@@ -115,7 +133,12 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "Templates per object. More find finer poses and take longer to onboard.",
         choices=(42, 162, 642),
     ),
-    ParameterSpec("cache_dir", "", "Where onboarded objects are kept; empty takes the user's cache folder."),
+    ParameterSpec(
+        "cache_dir",
+        "",
+        "Where onboarded objects are kept; empty takes the user's cache folder.",
+        check=_unknown_place,
+    ),
     ParameterSpec(
         "hypotheses",
         5,
@@ -378,7 +401,7 @@ def read_parameters(node: Node) -> NodeParameters:
     """The declared parameters' values now."""
     values = {_field(spec): node.get_parameter(spec.name).value for spec in PARAMETERS}
     for name in _PATHS:
-        values[name] = Path(values[name]).expanduser() if values[name] else None
+        values[name] = resolve_path(values[name]) if values[name] else None
     return NodeParameters(**{field.name: values[field.name] for field in fields(NodeParameters)})
 
 

@@ -10,7 +10,7 @@ from picopose_ros.templates.meshes.discovery import (
     MODELS_INFO_FILE,
     OBJECTS_FILE,
     discover_objects,
-    resolve_mesh_dir,
+    resolve_path,
 )
 from picopose_ros.templates.meshes.load import load_object, unit_advice
 from picopose_ros.templates.meshes.objects import ObjectMesh, ObjectSpec, Symmetries
@@ -39,7 +39,7 @@ __all__ = [
     "mesh_digest",
     "metres_per_unit",
     "referenced_files",
-    "resolve_mesh_dir",
+    "resolve_path",
     "shown",
     "stated_unit",
     "unit_advice",

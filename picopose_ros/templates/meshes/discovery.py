@@ -25,13 +25,13 @@ OBJECTS_FILE = "objects.yaml"
 MODELS_INFO_FILE = "models_info.json"
 
 
-def resolve_mesh_dir(mesh_dir: str | Path) -> Path:
-    """The path that a ``mesh_dir`` means: a path, ``~/folder``, ``file:///folder`` or ``package://NAME/folder``.
+def resolve_path(setting: str | Path) -> Path:
+    """The path that a setting means: a path, ``~/folder``, ``file:///folder`` or ``package://NAME/folder``.
 
     Raises:
         MeshError: the package isn't in AMENT_PREFIX_PATH, or a home folder is unknown.
     """
-    text = os.fspath(mesh_dir)
+    text = os.fspath(setting)
     if re.match(r"file:/", text):
         return Path(unquote(re.sub(r"^file:(//[^/]*)?", "", text), errors="surrogateescape"))
     # A Path has one slash where two were.
@@ -42,16 +42,14 @@ def resolve_mesh_dir(mesh_dir: str | Path) -> Path:
             share = Path(prefix) / "share" / name
             if share.is_dir():
                 return share / inside
-        raise MeshError(
-            f"mesh_dir {shown(text)}: no package '{name}' is installed; source the workspace that has it"
-        )
+        raise MeshError(f"{shown(text)}: no package '{name}' is installed; source the workspace that has it")
     if re.match(r"[a-z]+://", text):
-        raise MeshError(f"mesh_dir {shown(text)} is of an unknown kind; use a path, file:// or package://")
+        raise MeshError(f"{shown(text)} is of an unknown kind; use a path, file:// or package://")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise MeshError(
-            f"mesh_dir {shown(text)}: the home folder is unknown ({error}); write the whole path"
+            f"{shown(text)}: the home folder is unknown ({error}); write the whole path"
         ) from error
 
 
@@ -71,7 +69,7 @@ def discover_objects(mesh_dir: str | Path, default_unit: str | None = None) -> l
             continuous: [{axis: [0, 0, 1], offset: [0, 0, 0]}]
 
     Args:
-        mesh_dir: the directory, or a single mesh file; see `resolve_mesh_dir`.
+        mesh_dir: the directory, or a single mesh file; see `resolve_path`.
         default_unit: unit of the meshes of which ``objects.yaml`` and ``models_info.json`` say nothing. None
             or "m": what the file states (COLLADA's unit, glTF's metres), or metres.
 
@@ -84,7 +82,7 @@ def discover_objects(mesh_dir: str | Path, default_unit: str | None = None) -> l
     """
     if default_unit is not None:
         _check_unit(default_unit, "the unit")
-    mesh_dir = resolve_mesh_dir(mesh_dir)
+    mesh_dir = resolve_path(mesh_dir)
     found, mesh_dir, alone = _find_meshes(mesh_dir)
 
     infos = _read_models_info(mesh_dir / MODELS_INFO_FILE)
