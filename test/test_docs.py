@@ -19,12 +19,18 @@ LONGEST = {"README.md": 1500, "accuracy.md": 3000}
 """Words, tables included."""
 
 
-@pytest.fixture(scope="module")
-def node_page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("node_page", SCRIPT)
+def load_script(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def node_page() -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def test_the_page_of_the_node_is_up_to_date(tmp_path: Path) -> None:
@@ -100,3 +106,13 @@ def test_the_index_names_every_page() -> None:
         if f"({page.name})" not in index and page.name not in ("index.md", "README.md")
     ]
     assert not missing, f"docs/index.md leads to no {missing}"
+
+
+def test_the_page_of_the_accuracy_is_made_of_its_figures(tmp_path: Path) -> None:
+    script = load_script(ROOT / "scripts" / "accuracy.py")
+    for name in ("accuracy.json", "accuracy.md"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    assert script.main(["--page-only", "--docs", str(tmp_path)]) == 0
+    same = (tmp_path / "accuracy.md").read_text() == (ROOT / "docs" / "accuracy.md").read_text()
+    assert same, "docs/accuracy.json was changed: run `python scripts/accuracy.py --page-only`"
+    assert (tmp_path / "accuracy.json").read_bytes() == (ROOT / "docs" / "accuracy.json").read_bytes()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import trimesh
 from oracle import OracleModel, Placed
+from test_docs import load_script
 
 from picopose_ros.cli.main import main
 from picopose_ros.estimator import EstimatorSettings, Hypothesis, PoseEstimator
@@ -280,6 +281,13 @@ def test_a_report_is_the_same_every_time_and_names_what_is_left_out(desk, tmp_pa
         "single-5-00001.jpg",
     } <= names
     assert all(cv2.imread(str(path)) is not None for path in pictures.iterdir())
+
+    # docs/accuracy.md takes its figures from such a report.
+    script = load_script(Path(__file__).resolve().parent.parent / "scripts" / "accuracy.py")
+    summary = script.summarise(report, "the command")
+    assert summary["queries"] == 2 and [row["min_score"] for row in summary["min_score"]][:2] == [0, 0.2]
+    page = script.page({"runs": {"main": summary}, "tables": {"refinement": [{"note": "none yet"}]}})
+    assert "| true masks | 2 |" in page and "none yet" in page and "the command" in page
 
     assert main(words(desk, second, *more, "--calibrate")) == 1
     one, two = (path.read_text().split('"times"')[0] for path in (first, second))
