@@ -17,7 +17,7 @@ from PIL import Image
 
 from picopose_ros.templates.meshes.colours import unit_range
 from picopose_ros.templates.meshes.parts import Source, make_part, said, shown
-from picopose_ros.templates.meshes.polygons import numbers, split
+from picopose_ros.templates.meshes.polygons import Uneven, numbers, split
 from picopose_ros.templates.meshes.textures import find_file
 
 _CLAMP_TO_EDGE = 33071
@@ -118,7 +118,7 @@ def _vertices(source: Source, lines: list[str]) -> tuple[np.ndarray, np.ndarray 
         lines = [line.split("#", 1)[0] for line in lines]
     try:
         values = numbers(lines, "vertices")
-    except ValueError:  # some have a colour or a weight, some have none
+    except Uneven:  # some have a colour or a weight, some have none
         rows = [line.split("#", 1)[0].split() for line in lines]
         values = np.array([(row + ["1"] * 7)[:3] for row in rows], np.float64)
         source.warn("some of its vertices have colours and some have none: they aren't shown")
@@ -135,7 +135,7 @@ def _vertices(source: Source, lines: list[str]) -> tuple[np.ndarray, np.ndarray 
 def _columns(lines: list[str], count: int, what: str) -> np.ndarray:
     try:
         values = numbers(lines, what)
-    except ValueError:
+    except Uneven:
         values = np.array(
             [(line.split("#", 1)[0].split() + ["0"] * count)[:count] for line in lines], np.float64
         )

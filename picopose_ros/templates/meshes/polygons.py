@@ -98,18 +98,23 @@ def split(
     return flat[place[order]], owner[order], place[order]
 
 
+class Uneven(ValueError):
+    """Lines have different numbers of values."""
+
+
 def numbers(lines: Sequence[str], what: str) -> np.ndarray:
     """(n, columns) float64 of lines of numbers with equally many each.
 
     Raises:
-        ValueError: something is no number, or the lines differ.
+        Uneven: the lines have different numbers of values.
+        ValueError: something is no number.
     """
     if not lines:
         return np.zeros((0, 0))
     columns = len(lines[0].split())
     values = " ".join(lines).split()
     if columns == 0 or len(values) != columns * len(lines):
-        raise ValueError(f"its {what} have different numbers of values")
+        raise Uneven(f"its {what} have different numbers of values")
     try:
         return np.array(values, np.float64).reshape(len(lines), columns)
     except ValueError as error:
