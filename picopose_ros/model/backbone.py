@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picopose_ros.model._timm import timm
-from picopose_ros.model.config import GRIDS, HybridConfig, ViTConfig
+from picopose_ros.model.config import GRIDS, ConvNetConfig, HybridConfig, ViTConfig
 
 
 class ViTBackbone(nn.Module):
@@ -69,6 +69,75 @@ class HybridBackbone(nn.Module):
         return fine, middle, tokens.transpose(1, 2).reshape(coarse.shape)
 
 
-def make_backbone(config: ViTConfig | HybridConfig) -> nn.Module:
+def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """A convolution and its batch normalisation (by running statistics) as one, and its activation."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
+    padding = conv.padding
+    if isinstance(conv, timm.layers.Conv2dSame):
+        x, padding = timm.layers.pad_same(x, conv.kernel_size, conv.stride, conv.dilation), 0
+    return norm.act(F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups))
+
+
+class ConvNetBackbone(nn.Module):
+    """A convolutional network that can start from ImageNet weights, and transformer blocks at 16x16.
+
+    Its batch normalisation always uses the statistics in the weights, in training, too: pretrained ones stay
+    as they are. The taps are 64x64, 32x32 and 16x16 maps.
+    """
+
+    STEM = ("conv.conv_stem.", "conv.bn1.", "conv.blocks.0.", "conv.blocks.1.0.")
+    """Names of the parameters above stride 4, the costliest to train and the most general."""
+
+    def __init__(self, config: ConvNetConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.input_size = config.input_size
+        conv = timm.create_model(config.timm_name, features_only=True, out_indices=(1, 2, 3))
+        del conv.blocks[conv.feature_info.info[3]["stage"] :]  # below stride 16
+        for norm in (m for m in conv.modules() if isinstance(m, nn.BatchNorm2d)):
+            del norm.num_batches_tracked
+            norm.num_batches_tracked = None
+        self.conv = conv
+        self._taps = [conv.feature_info.info[i]["stage"] - 1 for i in (1, 2, 3)]
+        self.patch = nn.Conv2d(config.conv_dims[-1], dim, 1)
+        self.pos_embed = nn.Parameter(torch.randn(1, GRIDS[0] ** 2, dim) * 0.02)
+        block = timm.models.vision_transformer.Block
+        self.blocks = nn.ModuleList([block(dim, config.heads, mlp_ratio=3.0) for _ in range(config.depth)])
+
+    def _inverted(self, block: nn.Module, x: Tensor) -> Tensor:
+        """One of timm's `DepthwiseSeparableConv` and `InvertedResidual` without squeeze and excitation."""
+        if hasattr(block, "conv_pwl"):
+            y = _normed(block.conv_pw, block.bn1, x)
+            y = _normed(block.conv_dw, block.bn2, y)
+            y = _normed(block.conv_pwl, block.bn3, y)
+        else:
+            y = _normed(block.conv_dw, block.bn1, x)
+            y = _normed(block.conv_pw, block.bn2, y)
+        return x + y if block.has_skip else y
+
+    def convolve(self, rgb: Tensor) -> list[Tensor]:
+        """The convolutional network's maps at strides 4, 8 and 16."""
+        x = F.interpolate(rgb, size=self.input_size, mode="bilinear", align_corners=False)
+        x = _normed(self.conv.conv_stem, self.conv.bn1, x)
+        maps = []
+        for stage in self.conv.blocks:
+            for block in stage:
+                x = self._inverted(block, x)
+            maps.append(x)
+        return [maps[i] for i in self._taps]
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
+        fine, middle, coarse = self.convolve(rgb)
+        coarse = self.patch(coarse)
+        tokens = coarse.flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        return fine, middle, tokens.transpose(1, 2).reshape(coarse.shape)
+
+
+def make_backbone(config: ViTConfig | HybridConfig | ConvNetConfig) -> nn.Module:
     """The backbone module for a configuration."""
+    if isinstance(config, ConvNetConfig):
+        return ConvNetBackbone(config)
     return ViTBackbone(config) if isinstance(config, ViTConfig) else HybridBackbone(config)

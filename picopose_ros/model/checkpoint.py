@@ -219,7 +219,7 @@ def load_model(
         )
     model = model_without_weights(config).to_empty(device="cpu")
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.BatchNorm2d) and module.num_batches_tracked is not None:
             module.num_batches_tracked.zero_()
     state = {k: v.float() if v.is_floating_point() else v for k, v in convert_released(state).items()}
     _fit(model, state, path)

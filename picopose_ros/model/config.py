@@ -46,6 +46,25 @@ class HybridConfig:
 
 
 @dataclass(frozen=True)
+class ConvNetConfig:
+    """A convolutional network of timm whose maps at strides 4, 8 and 16 are the taps; the last one goes
+    through a 1x1 convolution and transformer blocks first."""
+
+    timm_name: str
+    conv_dims: tuple[int, int, int]
+    """Channels of its maps at strides 4, 8 and 16."""
+    embed_dim: int
+    depth: int
+    heads: int
+    input_size: int
+    """The crop is resized to this side first; 16 pixels a patch."""
+
+    @property
+    def tap_dims(self) -> tuple[int, ...]:
+        return (*self.conv_dims[:2], self.embed_dim)
+
+
+@dataclass(frozen=True)
 class DPTConfig:
     """Stage 3's dense prediction head over three 16x16 taps (Ranftl et al., DPT)."""
 
@@ -119,7 +138,7 @@ class ModelConfig:
     """Everything that decides the shape of a network."""
 
     name: str
-    backbone: ViTConfig | HybridConfig
+    backbone: ViTConfig | HybridConfig | ConvNetConfig
     neck: DPTConfig | FPNConfig
     affine: AffineConfig
     offsets: OffsetConfig
@@ -172,7 +191,9 @@ PRESETS: dict[str, ModelConfig] = {
     "vits": _released("vits", "vit_small_patch14_dinov2", 384, (5, 8, 11)),
     "tiny": ModelConfig(
         name="tiny",
-        backbone=HybridConfig(stem_dims=(32, 64), embed_dim=160, depth=3, heads=5, input_size=192),
+        backbone=ConvNetConfig(
+            "tf_efficientnet_lite0", (24, 40, 112), embed_dim=160, depth=3, heads=5, input_size=256
+        ),
         neck=FPNConfig(widths=(64, 64, 32)),
         affine=AffineConfig(input="softmax", width=128, hidden=(256, 256), log_scale=True),
         offsets=OffsetConfig(

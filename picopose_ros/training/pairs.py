@@ -6,13 +6,21 @@ point is a turn of the camera, and a crop only changes the intrinsics, so the la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from picopose_ros.geometry.crops import CELL, CROP_SIZE, GRID, crop_box_from_mask, crop_mask
-from picopose_ros.training.augment import background, degrade_mask, occluder, photometric, relight
+from picopose_ros.training.augment import (
+    another_look,
+    background,
+    degrade_mask,
+    grey_look,
+    occluder,
+    photometric,
+    relight,
+)
 from picopose_ros.training.pool import QUERY_SIZE, PoolReader, QueryView, TemplateView
 
 _CANVAS = 384
@@ -70,6 +78,10 @@ class Difficulty:
     keep_background: float = 0.2
     degrade: float = 0.6
     photometric: float = 1.0
+    another_look: float = 0.7
+    """Templates whose colours are another scan's."""
+    grey: float = 0.08
+    """Objects whose templates are those of a mesh without colours."""
     turn: float = np.pi
     """Largest in-plane angle, radians."""
 
@@ -224,6 +236,17 @@ class Sample:
     """Against the other template: mostly another side, so mostly invisible."""
 
 
+def _looked(
+    template: TemplateView, rng: np.random.Generator, difficulty: Difficulty, grey: bool
+) -> TemplateView:
+    """The template with other colours, or with none."""
+    if grey:
+        return replace(template, rgb=grey_look(template.shaded, template.mask, rng))
+    if rng.uniform() < difficulty.another_look:
+        return replace(template, rgb=another_look(template.rgb, template.shaded, template.mask, rng))
+    return template
+
+
 def draw_sample(pool: PoolReader, rng: np.random.Generator, difficulty: Difficulty) -> Sample:
     """Draw an object, two of its clusters and their queries."""
     while True:
@@ -231,7 +254,8 @@ def draw_sample(pool: PoolReader, rng: np.random.Generator, difficulty: Difficul
         first, second = (int(c) for c in rng.choice(pool.clusters, 2, replace=False))
         items = [pool.at(index, first), pool.at(index, second)]
         other = pool.template(int(rng.choice(pool.objects)), int(rng.integers(pool.clusters)))
-        templates = (items[0].template, items[1].template)
+        grey = rng.uniform() < difficulty.grey
+        templates = tuple(_looked(item.template, rng, difficulty, grey) for item in items)
         queries, own, labels, cross = [], [], [], []
         for which, item in enumerate(items):
             for view in item.queries:

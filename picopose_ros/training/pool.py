@@ -32,7 +32,7 @@ from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import viewpoint_rotations
 
 QUERY_SIZE = 256
-_FORMAT = 1
+_FORMAT = 2
 _VIEWPOINTS = 162
 # The templates' camera; the window is the part of its image that can show a centred object at twice its
 # diagonal.
@@ -40,6 +40,8 @@ _TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0
 _WINDOW = CropBox(left=160, top=80, side=320)
 _DEPTH_STEPS = 65534
 _ABSENT, _COMPLETE, _BROKEN = 0, 1, 2
+_HEADLIGHT_AMBIENT, _HEADLIGHT_BRIGHT = 50.0, 220.0
+"""8-bit grey of a surface seen edge-on and face-on."""
 
 
 class BrokenSampleError(PicoPoseError):
@@ -57,6 +59,9 @@ class TemplateView:
     M_crop_img: np.ndarray  # (3, 3) float32, full-image px -> crop px
     K: np.ndarray  # (3, 3) float32, of the full 640x480 image
     viewpoint: int  # index into viewpoint_rotations(162)
+    shaded: np.ndarray | None = (
+        None  # (224, 224) uint8, the crop without colours in a headlight; pools have it
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def _arrays(plan: _Plan) -> dict[str, tuple[tuple[int, ...], type]]:
     clusters, views = plan.objects * plan.clusters, (plan.objects * plan.clusters, plan.queries)
     return {
         "template_rgb": ((clusters, 224, 224, 3), np.uint8),
+        "template_shaded": ((clusters, 224, 224), np.uint8),
         "template_mask": ((clusters, 224, 224), np.uint8),
         "template_points": ((clusters, 64, 64, 3), np.float32),
         "template_pose": ((clusters, 4, 4), np.float32),
@@ -138,6 +144,28 @@ def template_pose(rotation: np.ndarray, diagonal: float) -> np.ndarray:
     return pose
 
 
+def headlit(parts: Sequence[trimesh.Trimesh], T_cam_ctr: np.ndarray) -> list[trimesh.Trimesh]:
+    """Copies of parts (metres, centred frame) whose colour is a grey that falls with the angle between
+    normal and ray, as the bank shades meshes without colours."""
+    lit = []
+    for part in parts:
+        rays = part.vertices @ T_cam_ctr[:3, :3].T + T_cam_ctr[:3, 3]
+        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+        cosine = np.abs((part.vertex_normals @ T_cam_ctr[:3, :3].T * rays).sum(1))
+        grey = np.rint(_HEADLIGHT_AMBIENT + (_HEADLIGHT_BRIGHT - _HEADLIGHT_AMBIENT) * cosine)
+        colours = np.repeat(grey[:, None], 4, axis=1).astype(np.uint8)
+        lit.append(
+            trimesh.Trimesh(
+                part.vertices,
+                part.faces,
+                vertex_normals=part.vertex_normals,
+                vertex_colors=colours,
+                process=False,
+            )
+        )
+    return lit
+
+
 def render_template(
     renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh], T_cam_ctr: np.ndarray, viewpoint: int
 ) -> TemplateView:
@@ -146,10 +174,14 @@ def render_template(
     shifted[0, 2] -= _WINDOW.left
     shifted[1, 2] -= _WINDOW.top
     view = renderer.render(parts, T_cam_ctr, shifted, _WINDOW.side, _WINDOW.side)
+    lit = headlit(parts, T_cam_ctr)
+    grey = renderer.render(lit, T_cam_ctr, shifted, _WINDOW.side, _WINDOW.side)
+    renderer.release(lit)
     box = crop_box_from_mask(view.mask)
     full = CropBox(box.left + _WINDOW.left, box.top + _WINDOW.top, box.side)
     return TemplateView(
         rgb=cv2.resize(view.rgb[box.slices], (224, 224), interpolation=cv2.INTER_LINEAR),
+        shaded=cv2.resize(grey.rgb[box.slices][..., 0], (224, 224), interpolation=cv2.INTER_LINEAR),
         mask=crop_mask(view.mask, box) > 0,
         points_consistent=crop_points_consistent(view.depth, shifted, box),
         T_cam_ctr=T_cam_ctr.astype(np.float32),
@@ -273,6 +305,7 @@ def _render_object(
             renderer, parts, template_pose(rotations[viewpoint], diagonal), int(viewpoint)
         )
         arrays["template_rgb"][row] = template.rgb
+        arrays["template_shaded"][row] = template.shaded
         arrays["template_mask"][row] = template.mask
         arrays["template_points"][row] = template.points_consistent
         arrays["template_pose"][row] = template.T_cam_ctr
@@ -499,6 +532,7 @@ class PoolReader:
         arrays = self._arrays
         return TemplateView(
             rgb=np.array(arrays["template_rgb"][row]),
+            shaded=np.array(arrays["template_shaded"][row]),
             mask=arrays["template_mask"][row] > 0,
             points_consistent=np.array(arrays["template_points"][row]),
             T_cam_ctr=np.array(arrays["template_pose"][row]),

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from picopose_ros.errors import CheckpointError, PicoPoseError
 from picopose_ros.model import PicoPose, preset, save_model
+from picopose_ros.model.backbone import ConvNetBackbone
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.curves import replace_file
 from picopose_ros.training.data import Batch, BatchDataset
 from picopose_ros.training.distributed import average_statistics, mean_over_processes, my_shares, world
+from picopose_ros.training.imagenet import load_imagenet, packaged_weights
 from picopose_ros.training.objective import Objective, share_generator
 from picopose_ros.training.released import start_released
 from picopose_ros.training.sources import Draw
@@ -101,6 +103,30 @@ def read_state(path: Path, device: str) -> dict[str, Any]:
     return state
 
 
+def _parameter_groups(model: PicoPose, config: TrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups: with and without weight decay, the pretrained convolutions at a lower rate.
+
+    Parameters that are not trained are switched off.
+    """
+    backbone = model.backbone
+    convolutional = isinstance(backbone, ConvNetBackbone)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        pretrained = convolutional and name.startswith("backbone.conv.")
+        stem = pretrained and name.removeprefix("backbone.").startswith(ConvNetBackbone.STEM)
+        if stem and config.freeze_stem:
+            parameter.requires_grad_(False)
+            continue
+        decay = config.weight_decay if parameter.ndim > 1 or config.decay_all else 0.0
+        if pretrained:
+            decay = 0.0  # its normalisation is fixed: decay would only shrink its maps
+        groups.setdefault((config.backbone_rate if pretrained else 1.0, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "share": share}
+        for (share, decay), parameters in groups.items()
+    ]
+
+
 class Trainer:
     """State of a run: model, its moving average, optimiser, step.
 
@@ -118,13 +144,11 @@ class Trainer:
         self.average.load_state_dict(self.model.state_dict())
         if processes > 1 and torch.device(config.device).type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        decayed = [p for p in self.model.parameters() if p.ndim > 1 or config.decay_all]
-        plain = [p for p in self.model.parameters() if not (p.ndim > 1 or config.decay_all)]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-        if plain:
-            groups.append({"params": plain, "weight_decay": 0.0})
         self.optimiser = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon
+            _parameter_groups(self.model, config),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
         )
         self._objective: nn.Module = Objective(self.model, config)
         if processes > 1:
@@ -156,7 +180,10 @@ class Trainer:
             return True
         if self.config.form == "released":
             start_released(self.model, self.config.backbone_weights)
-            self.average.load_state_dict(self.model.state_dict())
+        elif self.config.backbone_weights:
+            given = self.config.backbone_weights
+            load_imagenet(self.model.backbone, packaged_weights() if given == "packaged" else given)
+        self.average.load_state_dict(self.model.state_dict())
         return False
 
     def resume(self) -> bool:
@@ -283,7 +310,16 @@ class Trainer:
         self.shipped = copy.deepcopy(self.average)
         for parameter in self.shipped.parameters():
             parameter.copy_(parameter.half().float())
-        norms = [m for m in self.shipped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        frozen = (
+            set(self.shipped.backbone.modules())
+            if isinstance(self.shipped.backbone, ConvNetBackbone)
+            else set()
+        )
+        norms = [
+            m
+            for m in self.shipped.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in frozen
+        ]
         if norms:
             if self._settling is None:
                 draw = Draw(self.config)
@@ -326,7 +362,7 @@ class Trainer:
         generators = [share_generator(config.seed, self.step, share) for share in self.shares]
         rate = config.learning_rate_at(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.model.train()
         statistics = [b.clone() for b in self.model.buffers()]
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.use_autocast()):
