@@ -130,6 +130,14 @@ def _fit(model: PicoPose, state: dict[str, Tensor], source: Path) -> None:
             f"{len(found.extra)} unknown and {len(found.misshapen)} misshapen tensors (first: "
             f"{'; '.join(found.lines[:3])}); check the preset"
         )
+    # The network was built without memory: a tensor that no file brings would hold whatever was there.
+    carried = model.state_dict().keys()
+    left = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name not in carried]
+    if left:
+        raise CheckpointError(
+            f"preset '{model.config.name}' has tensors that weights files do not carry ({', '.join(left)}): "
+            "register them as persistent buffers"
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -50,7 +50,7 @@ def load_imagenet(backbone: ConvNetBackbone, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} cannot be read as weights ({type(error).__name__}: {error})"
         ) from error
-    values = [v for k, v in state.items() if not k.endswith("num_batches_tracked")]
+    values = [v for v in state.values() if v.ndim]  # without BatchNorm's counters
     own = backbone.conv.state_dict()
     if len(values) < len(own):
         raise CheckpointError(
