@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picopose_ros.model._timm import timm
-from picopose_ros.model.config import GRIDS, ConvNetConfig, HybridConfig, ViTConfig
+from picopose_ros.model.config import GRIDS, ConvNetConfig, ViTConfig
 
 
 class ViTBackbone(nn.Module):
@@ -36,37 +36,6 @@ class ViTBackbone(nn.Module):
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
         return self.blocks(rgb, self.taps)
-
-
-class HybridBackbone(nn.Module):
-    """Convolutions down to 16x16, then transformer blocks: needs far fewer training pairs than a plain ViT.
-
-    The taps are 64x64, 32x32 and 16x16 maps.
-    """
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        basic = timm.models.resnet.BasicBlock
-        conv = timm.layers.ConvNormAct
-        narrow, wide = config.stem_dims
-        dim = config.embed_dim
-        self.input_size = config.input_size
-        self.stem = nn.Sequential(conv(3, narrow, 7, stride=3, padding=3), basic(narrow, narrow))
-        self.middle = nn.Sequential(conv(narrow, wide, 3, stride=2), basic(wide, wide))
-        self.patch = conv(wide, dim, 3, stride=2)
-        self.pos_embed = nn.Parameter(torch.randn(1, GRIDS[0] ** 2, dim) * 0.02)
-        block = timm.models.vision_transformer.Block
-        self.blocks = nn.ModuleList([block(dim, config.heads, mlp_ratio=3.0) for _ in range(config.depth)])
-
-    def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
-        x = F.interpolate(rgb, size=self.input_size, mode="bilinear", align_corners=False)
-        fine = self.stem(x)
-        middle = self.middle(fine)
-        coarse = self.patch(middle)
-        tokens = coarse.flatten(2).transpose(1, 2) + self.pos_embed
-        for block in self.blocks:
-            tokens = block(tokens)
-        return fine, middle, tokens.transpose(1, 2).reshape(coarse.shape)
 
 
 def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -136,8 +105,6 @@ class ConvNetBackbone(nn.Module):
         return fine, middle, tokens.transpose(1, 2).reshape(coarse.shape)
 
 
-def make_backbone(config: ViTConfig | HybridConfig | ConvNetConfig) -> nn.Module:
+def make_backbone(config: ViTConfig | ConvNetConfig) -> nn.Module:
     """The backbone module for a configuration."""
-    if isinstance(config, ConvNetConfig):
-        return ConvNetBackbone(config)
-    return ViTBackbone(config) if isinstance(config, ViTConfig) else HybridBackbone(config)
+    return ViTBackbone(config) if isinstance(config, ViTConfig) else ConvNetBackbone(config)

@@ -30,22 +30,6 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
-class HybridConfig:
-    """A convolutional stem (64x64, 32x32) under a small transformer (16x16)."""
-
-    stem_dims: tuple[int, int]
-    embed_dim: int
-    depth: int
-    heads: int
-    input_size: int
-    """The crop is resized to this side first; 12 pixels a patch."""
-
-    @property
-    def tap_dims(self) -> tuple[int, ...]:
-        return (*self.stem_dims, self.embed_dim)
-
-
-@dataclass(frozen=True)
 class ConvNetConfig:
     """A convolutional network of timm whose maps at strides 4, 8 and 16 are the taps; the last one goes
     through a 1x1 convolution and transformer blocks first."""
@@ -138,7 +122,7 @@ class ModelConfig:
     """Everything that decides the shape of a network."""
 
     name: str
-    backbone: ViTConfig | HybridConfig | ConvNetConfig
+    backbone: ViTConfig | ConvNetConfig
     neck: DPTConfig | FPNConfig
     affine: AffineConfig
     offsets: OffsetConfig

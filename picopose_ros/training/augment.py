@@ -122,13 +122,13 @@ def another_look(
         out = out * rng.uniform(0.8, 1.2, 3).astype(np.float32) + rng.uniform(-12, 18, 3).astype(np.float32)
     if rng.uniform() < 0.35:
         share = np.float32(rng.uniform(0.2, 0.8))
-        out = out * (1 - share + share * shaded[..., None].astype(np.float32) / 200)
+        out = out * (1 - share + share * shaded[..., None].astype(np.float32) / 140)
     return np.where(mask[..., None], np.clip(out, 1, 255), rgb).astype(np.uint8)
 
 
 def grey_look(shaded: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A template as that of a mesh without colours, (224, 224, 3) uint8."""
-    tone = np.float32(rng.uniform(0.8, 1.1)) * shaded.astype(np.float32) + np.float32(rng.uniform(-10, 10))
+    tone = np.float32(rng.uniform(0.9, 1.5)) * shaded.astype(np.float32) + np.float32(rng.uniform(-10, 10))
     return np.where(mask, np.clip(tone, 8, 255), 0).astype(np.uint8)[..., None].repeat(3, axis=2)
 
 

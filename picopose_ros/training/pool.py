@@ -40,8 +40,6 @@ _TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0
 _WINDOW = CropBox(left=160, top=80, side=320)
 _DEPTH_STEPS = 65534
 _ABSENT, _COMPLETE, _BROKEN = 0, 1, 2
-_HEADLIGHT_AMBIENT, _HEADLIGHT_BRIGHT = 50.0, 220.0
-"""8-bit grey of a surface seen edge-on and face-on."""
 
 
 class BrokenSampleError(PicoPoseError):
@@ -144,28 +142,6 @@ def template_pose(rotation: np.ndarray, diagonal: float) -> np.ndarray:
     return pose
 
 
-def headlit(parts: Sequence[trimesh.Trimesh], T_cam_ctr: np.ndarray) -> list[trimesh.Trimesh]:
-    """Copies of parts (metres, centred frame) whose colour is a grey that falls with the angle between
-    normal and ray, as the bank shades meshes without colours."""
-    lit = []
-    for part in parts:
-        rays = part.vertices @ T_cam_ctr[:3, :3].T + T_cam_ctr[:3, 3]
-        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        cosine = np.abs((part.vertex_normals @ T_cam_ctr[:3, :3].T * rays).sum(1))
-        grey = np.rint(_HEADLIGHT_AMBIENT + (_HEADLIGHT_BRIGHT - _HEADLIGHT_AMBIENT) * cosine)
-        colours = np.repeat(grey[:, None], 4, axis=1).astype(np.uint8)
-        lit.append(
-            trimesh.Trimesh(
-                part.vertices,
-                part.faces,
-                vertex_normals=part.vertex_normals,
-                vertex_colors=colours,
-                process=False,
-            )
-        )
-    return lit
-
-
 def render_template(
     renderer: MeshRenderer, parts: Sequence[trimesh.Trimesh], T_cam_ctr: np.ndarray, viewpoint: int
 ) -> TemplateView:
@@ -174,9 +150,12 @@ def render_template(
     shifted[0, 2] -= _WINDOW.left
     shifted[1, 2] -= _WINDOW.top
     view = renderer.render(parts, T_cam_ctr, shifted, _WINDOW.side, _WINDOW.side)
-    lit = headlit(parts, T_cam_ctr)
-    grey = renderer.render(lit, T_cam_ctr, shifted, _WINDOW.side, _WINDOW.side)
-    renderer.release(lit)
+    bare = [
+        trimesh.Trimesh(part.vertices, part.faces, vertex_normals=part.vertex_normals, process=False)
+        for part in parts
+    ]
+    grey = renderer.render(bare, T_cam_ctr, shifted, _WINDOW.side, _WINDOW.side, shading="headlight")
+    renderer.release(bare)
     box = crop_box_from_mask(view.mask)
     full = CropBox(box.left + _WINDOW.left, box.top + _WINDOW.top, box.side)
     return TemplateView(
