@@ -387,7 +387,7 @@ def test_a_broken_sample_is_left_out_and_named(
     reader = PoolReader(folder)
     batch = make_batch(reader, 0, 0, 3, Difficulty())
     assert len(batch.skipped) > 0 and len(batch.own) == 12
-    assert all(name == batch.skipped[0] for name in batch.skipped)
+    assert len({name.split(": cluster")[0] for name in batch.skipped}) == 1  # any of its clusters
     assert f"{folder}: object 1 (seed 5): " in batch.skipped[0] and reason in batch.skipped[0]
     for name, value in vars(batch).items():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name

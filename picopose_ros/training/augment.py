@@ -20,10 +20,10 @@ def normals_from_depth(depth: np.ndarray, mask: np.ndarray, focal: float) -> np.
     return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
 
 
-def smooth_field(rng: np.random.Generator, side: int, cells: int) -> np.ndarray:
-    """A random field (side, side) float32 of about N(0, 1) that varies over `cells` cells."""
+def smooth_field(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
+    """A random field (h, w) float32 of about N(0, 1) that varies over `cells` cells."""
     coarse = rng.standard_normal((cells + 1, cells + 1), dtype=np.float32)
-    return cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def _shadow(side: int, rng: np.random.Generator) -> np.ndarray:
@@ -35,7 +35,7 @@ def _shadow(side: int, rng: np.random.Generator) -> np.ndarray:
             x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)) - np.float32(rng.uniform(-0.3, 0.3))
         )
     else:
-        inside = smooth_field(rng, side, int(rng.integers(2, 5))) * np.float32(0.2)
+        inside = smooth_field(rng, (side, side), int(rng.integers(2, 5))) * np.float32(0.2)
     edge = 1 / (1 + np.exp(-np.clip(inside * np.float32(rng.uniform(8, 120)), -30, 30)))
     return 1 - np.float32(rng.uniform(0.25, 0.7)) * edge
 
@@ -97,7 +97,7 @@ def another_look(
     side = len(out)
     if rng.uniform() < 0.3:  # print that is shifted
         reach = rng.uniform(0.5, 3.0)
-        dx, dy = (smooth_field(rng, side, 3) * np.float32(reach * 0.6) for _ in range(2))
+        dx, dy = (smooth_field(rng, mask.shape, 3) * np.float32(reach * 0.6) for _ in range(2))
         y, x = np.mgrid[:side, :side].astype(np.float32)
         moved = cv2.remap(out, x + dx, y + dy, cv2.INTER_LINEAR)
         known = cv2.remap(mask.astype(np.float32), x + dx, y + dy, cv2.INTER_LINEAR)[..., None] > 0.99
@@ -109,7 +109,8 @@ def another_look(
             cv2.GaussianBlur(out * weight, *size)
             / np.maximum(cv2.GaussianBlur(weight[..., 0], *size), 1e-3)[..., None]
         )
-        gone = 1 / (1 + np.exp(-np.clip(12 * (smooth_field(rng, side, 4) - rng.uniform(0.8, 1.6)), -30, 30)))
+        above = smooth_field(rng, mask.shape, 4) - rng.uniform(0.8, 1.6)
+        gone = 1 / (1 + np.exp(-np.clip(12 * above, -30, 30)))
         out += gone[..., None].astype(np.float32) * (mean - out)
     if rng.uniform() < 0.5:
         out = cv2.GaussianBlur(out, (0, 0), rng.uniform(0.4, 2.2))
@@ -163,7 +164,7 @@ def degrade_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         out = cv2.dilate(out, kernel) if rng.uniform() < 0.55 else cv2.erode(out, kernel)
     elif kind < 0.65:  # off by a few pixels that change along the border
         soft = cv2.GaussianBlur(out.astype(np.float32), (0, 0), max(0.8, size * rng.uniform(0.01, 0.03)))
-        wave = smooth_field(rng, len(out), int(rng.integers(8, 40))) * np.float32(rng.uniform(0.05, 0.35))
+        wave = smooth_field(rng, out.shape, int(rng.integers(8, 40))) * np.float32(rng.uniform(0.05, 0.35))
         out = (soft + wave * (np.abs(soft - 0.5) < 0.45) > rng.uniform(0.25, 0.7)).astype(np.uint8)
     elif kind < 0.75:
         coarse = max(4, int(size / rng.uniform(3, 10)))
@@ -235,7 +236,7 @@ def photometric(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.uniform() < 0.45:
         rgb = rgb * rng.uniform(0.82, 1.18, 3).astype(np.float32)
     if rng.uniform() < 0.15:  # a vignette, or haze on one side: a slow ramp
-        rgb = rgb * (1 + smooth_field(rng, len(rgb), 1)[..., None] * np.float32(0.15))
+        rgb = rgb * (1 + smooth_field(rng, rgb.shape[:2], 1)[..., None] * np.float32(0.15))
     if rng.uniform() < 0.6:
         noise = rng.standard_normal(rgb.shape, dtype=np.float32)
         if rng.uniform() < 0.2:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.model.config import PRESETS, ConvNetConfig, ViTConfig
+from picopose_ros.model.config import PRESETS
 from picopose_ros.training.pairs import Difficulty
 from picopose_ros.training.shard_source import ShardSource
 
@@ -153,12 +153,6 @@ class TrainConfig:
         if not self.shards and not self.procedural_weight:
             raise ConfigError(
                 f"{source}: procedural_weight is 0 and there are no shards: no pairs to train on"
-            )
-        backbone = PRESETS[self.preset].backbone
-        if self.backbone_weights and not isinstance(backbone, (ViTConfig, ConvNetConfig)):
-            raise ConfigError(
-                f"{source}: backbone_weights is given, but preset {self.preset!r} has no backbone that could "
-                "start from it: leave the key out"
             )
         if self.losses == "tiny" and PRESETS[self.preset].affine.input == "cosine":
             raise ConfigError(f"{source}: losses is 'tiny'; preset {self.preset!r} has to have 'released'")
