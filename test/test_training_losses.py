@@ -24,7 +24,6 @@ from picopose_ros.training.data import Batch
 from picopose_ros.training.labels import pose_affine
 from picopose_ros.training.losses import AffineLabels, flow_labels
 from picopose_ros.training.pairs import QueryCrop
-from picopose_ros.training.pool import QueryView, TemplateView
 from picopose_ros.training.released import (
     PAPER,
     RELEASED,
@@ -40,6 +39,7 @@ from picopose_ros.training.released import (
     start_released,
     visibility_labels,
 )
+from picopose_ros.training.views import QueryView, TemplateView
 
 NO_NOISE = NoiseLevels(scale=(0.0,), angle_deg=(0.0,), translation_px=(0.0,))
 CONFIG = TrainConfig(cross_share=0.0)

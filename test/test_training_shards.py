@@ -32,11 +32,11 @@ from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import flow_labels
 from picopose_ros.training.pairs import Difficulty, Sample
-from picopose_ros.training.pool import template_pose
 from picopose_ros.training.shard_files import decode_sample, index_shard, list_shards, read_sample
 from picopose_ros.training.shard_source import ShardSource
 from picopose_ros.training.shards import Mixed, ShardPairs
 from picopose_ros.training.template_sources import MeshTemplates
+from picopose_ros.training.views import template_pose
 
 K = np.array([[520.0, 0, 235.0], [0, 525.0, 180.0], [0, 0, 1]])
 SIZE = (480, 360)

@@ -21,7 +21,8 @@ from picopose_ros.training.augment import (
     photometric,
     relight,
 )
-from picopose_ros.training.pool import QUERY_SIZE, PoolReader, QueryView, TemplateView
+from picopose_ros.training.pool import PoolReader
+from picopose_ros.training.views import QUERY_SIZE, QueryView, TemplateView
 
 _CANVAS = 384
 """Side of the virtual image that a turned query view fits into."""

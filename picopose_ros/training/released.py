@@ -27,7 +27,7 @@ from picopose_ros.training.data import Batch
 from picopose_ros.training.distributed import per_process
 from picopose_ros.training.losses import LABEL_GRID, AffineLabels, affine_loss, flow_labels
 from picopose_ros.training.pairs import PairLabels, QueryCrop, pair_labels
-from picopose_ros.training.pool import TemplateView
+from picopose_ros.training.views import TemplateView
 
 TEMPERATURE = 0.1
 """Of the InfoNCE loss; fixed, not learned."""

@@ -19,7 +19,6 @@ from picopose_ros.geometry.crops import CROP_SIZE, crop_box_from_mask, crop_mask
 from picopose_ros.training.augment import degrade_mask, photometric
 from picopose_ros.training.data import Batch, assemble, concatenate
 from picopose_ros.training.pairs import Difficulty, QueryCrop, Sample
-from picopose_ros.training.pool import QUERY_SIZE, QueryView
 from picopose_ros.training.released import PAPER, ReleasedFlaws, visibility_labels
 from picopose_ros.training.shard_files import (
     SceneImage,
@@ -38,6 +37,7 @@ from picopose_ros.training.template_sources import (
     MeshTemplates,
     TemplateSource,
 )
+from picopose_ros.training.views import QUERY_SIZE, QueryView
 
 MIN_CROP_PX = 32
 """An instance counts from this many mask pixels in its 224-pixel crop."""

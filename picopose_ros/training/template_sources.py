@@ -30,7 +30,7 @@ from picopose_ros.templates.bank import TEMPLATE_K
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 from picopose_ros.templates.viewpoints import viewpoint_rotations
-from picopose_ros.training.pool import TemplateView, render_template, template_pose
+from picopose_ros.training.views import TemplateView, render_template, template_pose
 
 MEGAPOSE_SCALE = 0.1
 """MegaPose's scenes show its normalised meshes at this scale, metres per unit."""
