@@ -21,11 +21,11 @@ from picopose_ros.evaluation.scenes import (
     difficulty_figure,
     make_scenes,
 )
+from picopose_ros.synthetic.disturbances import occluder, relight
 from picopose_ros.synthetic.studio import LEAST_PIXELS, LEAST_VISIBLE
 from picopose_ros.synthetic.textures import collage, project_box
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.augment import occluder, relight
 
 
 def _box(name: str, size: Sequence[float], corner: Sequence[float]) -> ObjectMesh:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from picopose_ros.synthetic.disturbances import normals_from_depth
 from picopose_ros.training.augment import (
     another_look,
     degrade_mask,
     grey_look,
-    normals_from_depth,
     photometric,
     relight,
 )

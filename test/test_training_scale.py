@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from picopose_ros.training.losses import flow_labels, labels_at, scale_loss
+from picopose_ros.synthetic.labels import labels_at
+from picopose_ros.training.losses import flow_labels, scale_loss
 
 
 def labels(scale: float, degrees: float) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,9 @@ from picopose_ros.evaluation.stages import (
 )
 from picopose_ros.geometry.crops import crop_box_from_mask
 from picopose_ros.segmentation import Segment
+from picopose_ros.synthetic.disturbances import degrade_mask
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.augment import degrade_mask
 
 if TYPE_CHECKING:
     from picopose_ros.evaluation.objects import ObjectFacts

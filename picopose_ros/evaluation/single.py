@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from picopose_ros.geometry.crops import CROP_SIZE
+from picopose_ros.synthetic.disturbances import occluder, relight
 from picopose_ros.synthetic.studio import (
     HEIGHT,
     WIDTH,
@@ -28,7 +29,6 @@ from picopose_ros.synthetic.studio import (
 from picopose_ros.synthetic.textures import paint, palette
 from picopose_ros.templates.meshes import ObjectMesh
 from picopose_ros.templates.renderer import MeshRenderer
-from picopose_ros.training.augment import occluder, relight
 
 DISTANCE_RANGE = (2.2, 6.0)
 """Of the object's centre, in bounding-box diagonals, log-uniform: the diagonal is 83 to 364 px long."""

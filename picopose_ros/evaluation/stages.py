@@ -14,9 +14,8 @@ import torch
 
 from picopose_ros.estimator import Hypothesis
 from picopose_ros.geometry.crops import CELL, CROP_SIZE, GRID
+from picopose_ros.synthetic.labels import fit_affine, labels_at
 from picopose_ros.templates.bank import TemplateBank
-from picopose_ros.training.losses import labels_at
-from picopose_ros.training.pairs import fit_affine
 
 DEPTH_TOLERANCE = 0.012
 """A point this share of the box diagonal off the query's depth still counts as visible: training's."""

@@ -6,18 +6,7 @@ import cv2
 import numpy as np
 
 from picopose_ros.geometry.crops import CROP_SIZE
-
-
-def normals_from_depth(depth: np.ndarray, mask: np.ndarray, focal: float) -> np.ndarray:
-    """Camera-facing unit normals (h, w, 3), z towards the camera positive, from a depth map in metres."""
-    z = np.where(mask, depth, 0).astype(np.float32)
-    # Differences only between pixels that are both on the object; elsewhere the surface counts as flat.
-    dx, dy = np.zeros_like(z), np.zeros_like(z)
-    dx[:, 1:] = np.where(mask[:, 1:] & mask[:, :-1], z[:, 1:] - z[:, :-1], 0)
-    dy[1:] = np.where(mask[1:] & mask[:-1], z[1:] - z[:-1], 0)
-    slope = focal / np.maximum(z, 1e-6)
-    normal = np.stack([dx * slope, dy * slope, np.ones_like(z)], -1)
-    return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+from picopose_ros.synthetic.disturbances import normals_from_depth, occluder
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
@@ -131,26 +120,6 @@ def grey_look(shaded: np.ndarray, mask: np.ndarray, rng: np.random.Generator) ->
     """A template as that of a mesh without colours, (224, 224, 3) uint8."""
     tone = np.float32(rng.uniform(0.9, 1.5)) * shaded.astype(np.float32) + np.float32(rng.uniform(-10, 10))
     return np.where(mask, np.clip(tone, 8, 255), 0).astype(np.uint8)[..., None].repeat(3, axis=2)
-
-
-def occluder(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A blob or a bar over part of the object, as a uint8 mask of the same size."""
-    cover = np.zeros_like(mask)
-    rows, cols = np.nonzero(mask)
-    at = rng.integers(len(rows))
-    centre = np.array([cols[at], rows[at]], float)
-    size = max(np.ptp(rows), np.ptp(cols)) + 1
-    if rng.uniform() < 0.3:
-        angle = rng.uniform(0, np.pi)
-        along = np.array([np.cos(angle), np.sin(angle)])
-        ends = np.rint([centre - along * 2 * size, centre + along * 2 * size]).astype(int)
-        cv2.line(cover, ends[0].tolist(), ends[1].tolist(), 1, max(2, int(size * rng.uniform(0.05, 0.25))))
-    else:
-        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
-        radii = size * rng.uniform(0.12, 0.45) * rng.uniform(0.5, 1.0, len(angles))
-        corners = centre + np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
-        cv2.fillPoly(cover, [np.rint(corners).astype(np.int32)], 1)
-    return cover
 
 
 def degrade_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from picopose_ros.model.config import CROP_SIZE, GRIDS
 from picopose_ros.model.offsets import OffsetLevel, grid_positions
+from picopose_ros.synthetic.labels import labels_at
 from picopose_ros.training.distributed import per_process
-
-LABEL_GRID = GRIDS[-1]
 
 
 @dataclass
@@ -32,27 +31,6 @@ class AffineLabels:
     """(B,) in-plane angle, radians."""
     weight: Tensor
     """(B,) 0 where the template shows another side and no affine is right."""
-
-
-def labels_at(position: Tensor, valid: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Labels of the 64x64 grid at the centres of a coarser grid's cells.
-
-    The mean of the four 64x64 cells around a coarser cell's centre is the label at that centre; it counts
-    where all four are visible.
-
-    Args:
-        position: (B, 2, 64, 64) query crop px. valid: (B, 64, 64) in {0, 1}.
-    Returns:
-        (B, 2, grid, grid) positions and (B, grid, grid) validity.
-    """
-    if grid == LABEL_GRID:
-        return position, valid
-    step = LABEL_GRID // grid
-    first = step // 2 - 1
-    taken = [slice(first + i, None, step) for i in range(2)]
-    corners = [(..., r, c) for r in taken for c in taken]
-    mean = torch.stack([position[i] for i in corners]).mean(0)
-    return mean, torch.stack([valid[i] for i in corners]).amin(0)
 
 
 def flow_labels(position: Tensor, grid: int) -> Tensor:

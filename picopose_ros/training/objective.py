@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from picopose_ros.model import PicoPose
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.matching import patch_mask
+from picopose_ros.synthetic.labels import labels_at
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.losses import (
@@ -18,7 +19,6 @@ from picopose_ros.training.losses import (
     affine_loss,
     correlation_loss,
     infonce,
-    labels_at,
     noised_affine,
     offset_loss,
     scale_loss,

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from picopose_ros.geometry.crops import CELL, CROP_SIZE, GRID, crop_box_from_mask, crop_mask
+from picopose_ros.geometry.crops import CROP_SIZE, crop_box_from_mask, crop_mask
+from picopose_ros.synthetic.disturbances import occluder
+from picopose_ros.synthetic.labels import MIN_FIT_CELLS, fit_affine
 from picopose_ros.training.augment import (
     another_look,
     background,
     degrade_mask,
     grey_look,
-    occluder,
     photometric,
     relight,
 )
@@ -28,8 +29,6 @@ _CANVAS = 384
 """Side of the virtual image that a turned query view fits into."""
 _DEPTH_TOLERANCE = 0.012
 """A surface point counts as visible where the query's depth is nearer than this share of the diagonal."""
-_MIN_FIT_CELLS = 40
-"""With fewer visible cells than this no affine is right: the template shows another side."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def pair_labels(template: TemplateView, query: QueryCrop, diagonal: float) -> Pa
         translation=translation.astype(np.float32),
         scale=scale,
         angle=angle,
-        usable=float(valid.sum() >= _MIN_FIT_CELLS),
+        usable=float(valid.sum() >= MIN_FIT_CELLS),
     )
 
 
@@ -193,34 +192,6 @@ def template_centre(template: TemplateView) -> np.ndarray:
     """(2,) the object's centre in the template crop, px."""
     point = template.K @ (template.T_cam_ctr[:3, 3] / template.T_cam_ctr[2, 3])
     return (template.M_crop_img @ point)[:2].astype(np.float32)
-
-
-def fit_affine(
-    position: np.ndarray, valid: np.ndarray, centre: np.ndarray
-) -> tuple[np.ndarray, float, float]:
-    """Stage 2's labels: the similarity transform that fits the true correspondences best.
-
-    The released network's labels come from the relative pose instead; between views that differ by ten or
-    twenty degrees those leave twice the distance for stage 3 to bridge.
-
-    Args:
-        position: (64, 64, 2) query crop px. valid: (64, 64) bool. centre: (2,) in the template crop, px.
-    Returns:
-        tau (2,) in units of 14 crop px, scale, angle in radians; no motion where too little is visible.
-    """
-    if valid.sum() < _MIN_FIT_CELLS:
-        return np.zeros(2), 1.0, 0.0
-    axis = np.floor((np.arange(GRID) + 0.5) * CELL)
-    source = np.stack(np.meshgrid(axis, axis), -1)[valid]
-    target = position[valid]
-    # Complex numbers: a similarity is one multiplication and one addition.
-    a, b = source @ [1, 1j], target @ [1, 1j]
-    mean_a, mean_b = a.mean(), b.mean()
-    turn = (np.conj(a - mean_a) @ (b - mean_b)) / max((np.abs(a - mean_a) ** 2).sum(), 1e-6)
-    middle = centre @ [1, 1j]
-    shift = mean_b + turn * (middle - mean_a) - middle
-    scale = float(np.clip(np.abs(turn), 0.05, 20))
-    return np.array([shift.real, shift.imag]) / 14, scale, float(np.angle(turn))
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from picopose_ros.model.checkpoint import load_backbone
 from picopose_ros.model.config import CELL, GRIDS
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.model.offsets import OffsetLevel
+from picopose_ros.synthetic.labels import LABEL_GRID
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.data import Batch
 from picopose_ros.training.distributed import per_process
-from picopose_ros.training.losses import LABEL_GRID, AffineLabels, affine_loss, flow_labels
+from picopose_ros.training.losses import AffineLabels, affine_loss, flow_labels
 from picopose_ros.training.pairs import PairLabels, QueryCrop, pair_labels
 from picopose_ros.training.views import TemplateView
 

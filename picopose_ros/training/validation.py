@@ -11,8 +11,8 @@ from picopose_ros.model import PicoPose
 from picopose_ros.model.config import CROP_SIZE
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.model.offsets import OffsetLevel, grid_positions
+from picopose_ros.synthetic.labels import labels_at
 from picopose_ros.training.data import Batch
-from picopose_ros.training.losses import labels_at
 
 _STAGES = ("stage1", "stage2", "stage3_16", "stage3_32", "stage3")
 """Where a stage's end point is measured; the last is stage 3's finest grid, 64x64."""
