@@ -47,6 +47,9 @@ def load_object(spec: ObjectSpec) -> ObjectMesh:
     source = Source(path)
     kind = path.suffix[1:].lower()
     try:
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise ValueError("it is a Git LFS pointer, not the mesh (run: git lfs pull)")
         parts = [part for part in _READERS[path.suffix.lower()](source) if len(part.faces)]
     except Exception as error:  # readers raise anything from KeyError to XML errors on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
