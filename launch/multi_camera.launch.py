@@ -14,10 +14,12 @@ from typing import Any
 
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+from picopose_ros.launching import check_parameter_file, unknown_arguments
 
 PACKAGE = "picopose_ros"
 PLACEHOLDER = "{camera}"
@@ -66,7 +68,13 @@ def generate_launch_description() -> LaunchDescription:
             for name, (default, text) in TOPICS.items()
         ),
     ]
-    return LaunchDescription([*arguments, OpaqueFunction(function=_nodes)])
+    arguments.append(
+        DeclareLaunchArgument(
+            "respawn", default_value="false", description="true: start a node again when it has ended."
+        )
+    )
+    names = [argument.name for argument in arguments]
+    return LaunchDescription([*arguments, OpaqueFunction(function=_nodes, args=[names])])
 
 
 def camera_names(text: str) -> list[str]:
@@ -86,8 +94,10 @@ def camera_names(text: str) -> list[str]:
     return names
 
 
-def _nodes(context: LaunchContext) -> list[Node]:
+def _nodes(context: LaunchContext, names: list[str]) -> list[LogInfo | Node]:
     """One node per camera. Only now it is known which arguments were given."""
+    said = unknown_arguments(context.argv, names)
+    said += check_parameter_file(Path(LaunchConfiguration("params_file").perform(context)))
     values = {name: LaunchConfiguration(name).perform(context) for name in (*PARAMETERS, *TOPICS, "cameras")}
     given: dict[str, Any] = {
         # The type is said, or a folder named 2024 would arrive as a number.
@@ -95,7 +105,7 @@ def _nodes(context: LaunchContext) -> list[Node]:
         for name, (kind, _) in PARAMETERS.items()
         if values[name]
     }
-    return [
+    nodes = [
         Node(
             package=PACKAGE,
             executable="picopose_node",
@@ -106,6 +116,9 @@ def _nodes(context: LaunchContext) -> list[Node]:
             output="screen",
             # The node finishes the frame it has in hand; only after that does launch grow impatient.
             sigterm_timeout="12",
+            respawn=LaunchConfiguration("respawn"),
+            respawn_delay=2.0,
         )
         for camera in camera_names(values["cameras"])
     ]
+    return [*(LogInfo(msg=f"WARNING: {sentence}") for sentence in said), *nodes]

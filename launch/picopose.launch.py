@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ament_index_python.packages import get_package_share_directory
+from ament_index_python.packages import (
+    PackageNotFoundError,
+    get_package_prefix,
+    get_package_share_directory,
+)
 from launch import LaunchContext, LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+from picopose_ros.launching import check_parameter_file, unknown_arguments
 
 PACKAGE = "picopose_ros"
 TOPICS = {
@@ -27,6 +33,7 @@ PARAMETERS = {
     "weights": (str, "Checkpoint of the network."),
     "preset": (str, "Size of the network: tiny or vitl."),
     "device": (str, "Where the network runs: cpu, cuda, cuda:1 or auto."),
+    "cache_dir": (str, "Where onboarded objects are kept between starts."),
     "segmentation_input": (str, "What segmentation carries: segments, detections, boxes, yolo or mask."),
     "mask_class": (str, "Class of the object in a mask."),
     "image_transport": (str, "raw or compressed."),
@@ -53,13 +60,29 @@ def generate_launch_description() -> LaunchDescription:
             for name, text in TOPICS.items()
         ),
         DeclareLaunchArgument("namespace", default_value="", description="Give each camera its own."),
+        DeclareLaunchArgument(
+            "respawn", default_value="false", description="true: start the node again when it has ended."
+        ),
         DeclareLaunchArgument("rviz", default_value="false", description="true: also start rviz2."),
     ]
-    return LaunchDescription([*arguments, OpaqueFunction(function=_nodes, args=[config / "picopose.rviz"])])
+    names = [argument.name for argument in arguments]
+    start = OpaqueFunction(function=_nodes, args=[config / "picopose.rviz", names])
+    return LaunchDescription([*arguments, start])
 
 
-def _nodes(context: LaunchContext, rviz_config: Path) -> list[Node]:
+def _nodes(context: LaunchContext, rviz_config: Path, names: list[str]) -> list[LogInfo | Node]:
     """The nodes. Only now it is known which arguments were given; no other may override params_file."""
+    said = unknown_arguments(context.argv, names)
+    said += check_parameter_file(Path(LaunchConfiguration("params_file").perform(context)))
+    if LaunchConfiguration("rviz").perform(context).lower() in ("true", "1"):
+        # Looked for before anything is started: a launch that fails halfway leaves the node running.
+        try:
+            get_package_prefix("rviz2")
+        except PackageNotFoundError as error:
+            raise RuntimeError(
+                "rviz:=true, but rviz2 isn't installed: sudo apt install ros-$ROS_DISTRO-rviz2, or "
+                "leave it out"
+            ) from error
     given = {name: LaunchConfiguration(name).perform(context) for name in PARAMETERS}
     overrides = {
         # The type is said, or a folder named 2024 would arrive as a number.
@@ -74,6 +97,7 @@ def _nodes(context: LaunchContext, rviz_config: Path) -> list[Node]:
     }
     simulated = {name: value for name, value in overrides.items() if name == "use_sim_time"}
     return [
+        *(LogInfo(msg=f"WARNING: {sentence}") for sentence in said),
         Node(
             package=PACKAGE,
             executable="picopose_node",
@@ -81,6 +105,8 @@ def _nodes(context: LaunchContext, rviz_config: Path) -> list[Node]:
             parameters=[LaunchConfiguration("params_file"), overrides],
             # The node finishes the frame it has in hand; only after that does launch grow impatient.
             sigterm_timeout="12",
+            respawn=LaunchConfiguration("respawn"),
+            respawn_delay=2.0,
             **common,
         ),
         Node(

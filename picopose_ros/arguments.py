@@ -31,6 +31,15 @@ def positive(text: str) -> int:
     return value
 
 
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def add_onboarding_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides how meshes become templates."""
     parser.add_argument(

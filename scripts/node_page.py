@@ -26,7 +26,7 @@ from rclpy.executors import MultiThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from picopose_ros.node.drops import DropReason
+from picopose_ros.messages.reasons import DropReason
 from picopose_ros.node.engine import Engine
 from picopose_ros.node.node import PicoPoseNode
 from picopose_ros.node.parameters import PARAMETERS, SPECS, Changeable, ParameterSpec

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,20 +18,23 @@ from rosbags.typesys import get_types_from_msg
 from std_msgs.msg import Header
 from vision_msgs.msg import Detection3D
 
-from picopose_ros.cli.bag import process_bag
+from picopose_ros.cli.bag import BagOptions, BagReport, process_bag
 from picopose_ros.cli.main import main
 from picopose_ros.demo.evaluate import read_recording
 from picopose_ros.demo.objects import cereal_box, drill
-from picopose_ros.errors import BagError, SegmentError
-from picopose_ros.estimator import PoseEstimator
+from picopose_ros.errors import BagError, ConfigError
+from picopose_ros.estimator import ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.messages import bags
+from picopose_ros.messages import bags, build
+from picopose_ros.messages.frames import camera_from_message
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.messages.segmentations import segments_from_message
 from picopose_ros.model import PicoPose
 from picopose_ros.model.checkpoint import save_model
 from picopose_ros.model.config import preset
 from picopose_ros.node import conversions
 from picopose_ros.segmentation import Segment
-from picopose_ros.templates.meshes import discover_objects, load_object
+from picopose_ros.templates.meshes import ObjectSpec, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +120,12 @@ def write_bag(
             writer.write("/masks", bags.SEGMENTS, recorded, message)
 
 
+def pose_of(
+    class_id: str, T: np.ndarray, covariance: np.ndarray, centre: np.ndarray, size: np.ndarray
+) -> ObjectPose:
+    return ObjectPose(class_id, T, 0.6, covariance, "offsets", 0, 0.9, 3, 40, 0.7, 0.6, centre, size)
+
+
 def test_definitions_are_those_of_the_interface_files() -> None:
     for name, definition in bags.INTERFACES.items():
         package, _, short = name.split("/")
@@ -135,9 +148,11 @@ def test_segments_survive_a_bag_message() -> None:
     message = bags.segments_message(segments, bags.header(START, FRAME), 60, 80)
     assert [entry.encoding for entry in message.segments[:2]] == [0, 1]
     raw = bags.typestore().serialize_cdr(message, bags.SEGMENTS)
-    back = bags.segments_from_message(bags.typestore().deserialize_cdr(raw, bags.SEGMENTS), 60, 80, "/masks")
+    received = bags.typestore().deserialize_cdr(raw, bags.SEGMENTS)
+    back, bad = segments_from_message(received, 60, 80, "/masks")
     assert bags.stamp_of(message) == START
-    for before, after in zip(segments, back, strict=True):
+    assert [problem.reason for problem in bad] == [DropReason.EMPTY_MASK]
+    for before, after in zip(segments[:3], back, strict=True):
         assert after.class_id == before.class_id
         np.testing.assert_array_equal(after.mask, before.mask)
 
@@ -150,10 +165,11 @@ def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
         bags.segments_message(segments, bags.header(START, FRAME), 30, 50), bags.SEGMENTS
     )
     received = deserialize_message(bytes(raw), SegmentArray)
-    good, bad = conversions.segments_from_message(received, 30, 50, "/masks")
+    good, bad = segments_from_message(received, 30, 50, "/masks")
     assert not bad and received.header.frame_id == FRAME
     sent = serialize_message(conversions.segments_to_message(segments, Header(frame_id="x"), 30, 50))
-    back = bags.segments_from_message(bags.typestore().deserialize_cdr(sent, bags.SEGMENTS), 30, 50, "/masks")
+    back, bad = segments_from_message(bags.typestore().deserialize_cdr(sent, bags.SEGMENTS), 30, 50, "/masks")
+    assert not bad
     for found in (good, back):
         for before, after in zip(segments, found, strict=True):
             assert (after.class_id, after.score) == (before.class_id, before.score)
@@ -163,9 +179,8 @@ def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
     T[:3, 3] = 0.1, -0.2, 0.7
     covariance = np.arange(36.0).reshape(6, 6)
     centre, size = np.array([0.01, 0.02, 0.03]), np.array([0.1, 0.2, 0.3])
-    detection = bags.detection_message(
-        "mug", "mug_1", 0.6, T, covariance, centre, size, bags.header(START, FRAME)
-    )
+    pose = pose_of("mug", T, covariance, centre, size)
+    detection = build.detection_message(bags.message, pose, "mug_1", bags.header(START, FRAME))
     raw = bags.typestore().serialize_cdr(detection, "vision_msgs/msg/Detection3D")
     received = deserialize_message(bytes(raw), Detection3D)
     assert (received.id, received.results[0].hypothesis.class_id) == ("mug_1", "mug")
@@ -179,24 +194,10 @@ def test_ros_reads_what_the_bag_code_writes_and_the_other_way_round() -> None:
 def test_a_camera_survives_a_bag_message() -> None:
     lens = CameraModel(CAMERA.K, 320, 240, "rational_polynomial", (0.1, 0.2, 0, 0, 0.1, 0.3, 0, 0.01))
     for camera in (CAMERA, lens):
-        back = bags.camera_from_message(bags.camera_message(camera, bags.header(START, FRAME)), "/cam/info")
+        back = camera_from_message(bags.camera_message(camera, bags.header(START, FRAME)), "/cam/info")
         np.testing.assert_array_equal(back.K, camera.K)
         assert back.distorted == camera.distorted and (back.width, back.height) == (320, 240)
         assert not camera.distorted or back.D == camera.D
-
-
-def test_masks_of_another_size_or_with_a_broken_roi_are_refused() -> None:
-    message = bags.segments_message(
-        [Segment("a", 1.0, np.ones((30, 50), bool))], bags.header(START, FRAME), 30, 50
-    )
-    with pytest.raises(SegmentError, match="scale the masks"):
-        bags.segments_from_message(message, 60, 100, "/masks")
-    message.segments[0].roi.width = 51
-    with pytest.raises(SegmentError, match="leaves the image"):
-        bags.segments_from_message(message, 30, 50, "/masks")
-    message.segments[0].roi.width = 49
-    with pytest.raises(SegmentError, match="segment 0 \\('a'\\)"):
-        bags.segments_from_message(message, 30, 50, "/masks")
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
@@ -205,9 +206,9 @@ def test_a_recording_comes_back_whole_with_poses(
 ) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     write_bag(source, scenes, storage)
-    report = process_bag(estimator, source, target, tf_prefix="seen/")
+    report = process_bag(estimator, source, target, BagOptions(tf_prefix="seen/", min_score=0.0))
     assert report.frames == 3 and report.poses == 6
-    assert report.problems == {"no image": 1} and str(START - STEP) in report.examples["no image"]
+    assert report.problems == {"no_image": 1} and str(START - STEP) in report.examples["no_image"]
     assert report.milliseconds["total"] > 0
 
     with bags.BagReader(source) as before, bags.BagReader(target) as after:
@@ -247,8 +248,8 @@ def test_a_damaged_image_costs_only_its_own_frame(
 ) -> None:
     write_bag(tmp_path / "in", scenes, "mcap", damaged=1)
     report = process_bag(estimator, tmp_path / "in", tmp_path / "out")
-    assert report.frames == 2 and report.problems["bad image"] == 1
-    assert "truncated" in report.examples["bad image"]
+    assert report.frames == 2 and report.problems["bad_image"] == 1
+    assert "truncated" in report.examples["bad_image"]
 
 
 def test_the_command_line(
@@ -271,11 +272,13 @@ def test_the_command_line(
         42,
         "--hypotheses",
         1,
+        "--min-score",
+        0,
     ]
     command = ["bag", *map(str, (tmp_path / "in", tmp_path / "out", *options, "--storage", "sqlite3"))]
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "6 poses in 3 frames" in printed.out and "1 x no image" in printed.err
+    assert "6 poses in 3 frames" in printed.out and "1 x no_image" in printed.err
     assert list((tmp_path / "out").glob("*.db3"))
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
@@ -317,3 +320,231 @@ def test_a_bag_cut_short_is_an_error_with_its_name(
         with bags.BagReader(tmp_path / "in") as reader:
             for connection, _, raw in reader.raw():
                 reader.decode(raw, connection)
+
+
+# What the node refuses, names and publishes is refused, named and written here, too.
+
+
+def spoilt(
+    path: Path,
+    scenes: list[tuple[np.ndarray, list[Segment]]],
+    change: Callable[[dict[str, Any], int], None],
+    storage: str = "mcap",
+    extra: Callable[[bags.BagWriter], None] = lambda writer: None,
+) -> Path:
+    """A recording whose messages (image, info, masks) are changed, frame by frame."""
+    kinds = {"image": bags.IMAGE, "info": bags.CAMERA_INFO, "masks": bags.SEGMENTS}
+    with bags.BagWriter(path, storage) as writer:
+        extra(writer)
+        for index, (rgb, segments) in enumerate(scenes):
+            head = bags.header(START + index * STEP, FRAME)
+            messages: dict[str, Any] = {
+                "image": bags.image_message(rgb, head),
+                "info": bags.camera_message(CAMERA, head),
+                "masks": bags.segments_message(segments, head, *rgb.shape[:2]),
+            }
+            change(messages, index)
+            for name, message in messages.items():
+                kind = getattr(message, "__msgtype__", kinds.get(name))
+                writer.write(f"/cam/{name}", kind, START + index * STEP, message)
+    return path
+
+
+def answers(path: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Names of the detections of each frame, and children of each TF message."""
+    found: dict[str, list[list[str]]] = {"/detections": [], "/tf": []}
+    with bags.BagReader(path) as reader:
+        for connection, _, message in reader.messages(["/detections", "/tf"]):
+            if connection.topic == "/tf":
+                found["/tf"].append([transform.child_frame_id for transform in message.transforms])
+            else:
+                found["/detections"].append([detection.id for detection in message.detections])
+    return found["/detections"], found["/tf"]
+
+
+def run(
+    estimator: PoseEstimator, source: Path, specs: dict[str, ObjectSpec] | None = None, **options: Any
+) -> tuple[BagReport, list[list[str]], list[list[str]]]:
+    target = source.with_name("out")
+    report = process_bag(estimator, source, target, BagOptions(**{"min_score": 0.0, **options}), specs)
+    return report, *answers(target)
+
+
+def head_of(messages: dict[str, Any], **changes: Any) -> None:
+    for message in messages.values():
+        message.header = replace(message.header, **changes)
+
+
+def set_frame(frame: str) -> Callable[[dict[str, Any], int], None]:
+    return lambda messages, _: head_of(messages, frame_id=frame)
+
+
+def zero_stamp(*names: str) -> Callable[[dict[str, Any], int], None]:
+    return lambda messages, _: head_of({n: messages[n] for n in names}, stamp=bags.header(0, "").stamp)
+
+
+def break_first_segment(messages: dict[str, Any], index: int) -> None:
+    messages["masks"].segments[0].roi.width = 10_000
+
+
+def compress(messages: dict[str, Any], index: int) -> None:
+    image = messages["image"]
+    rgb = image.data.reshape(image.height, image.width, 3)
+    suffix, kind = ((".jpg", "rgb8; jpeg compressed bgr8"), (".png", "png"))[index % 2]
+    messages["image"] = bags.message(
+        bags.COMPRESSED_IMAGE,
+        header=image.header,
+        format=kind,
+        data=cv2.imencode(suffix, rgb[:, :, ::-1])[1].reshape(-1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problems", "poses", "transforms"),
+    [
+        (set_frame(""), {"bad_frame_id": 2}, 2, 0),
+        (set_frame("/camera"), {"bad_frame_id": 2}, 2, 0),
+        (break_first_segment, {"bad_segment": 2}, 1, 1),
+        (compress, {}, 2, 2),
+        (zero_stamp("image", "masks"), {"no_stamp": 4}, None, 0),
+        (zero_stamp("masks"), {"no_stamp": 2}, None, 0),
+        (zero_stamp("info"), {}, 2, 2),
+    ],
+)
+def test_a_recording_is_judged_as_by_the_node(
+    estimator: PoseEstimator,
+    scenes: list[tuple[np.ndarray, list[Segment]]],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any], int], None],
+    problems: dict[str, int],
+    poses: int | None,
+    transforms: int,
+) -> None:
+    source = spoilt(tmp_path / "in", scenes[:2], change)
+    report, detections, tf = run(estimator, source)
+    assert report.problems == problems
+    assert [len(names) for names in detections] == ([] if poses is None else [poses] * 2)
+    assert [len(names) for names in tf] == ([transforms] * 2 if transforms else [])
+
+
+def test_names_and_scores_are_those_of_the_node(
+    estimator: PoseEstimator, meshes: Path, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    specs = {spec.class_id: spec for spec in discover_objects(meshes)}
+    specs["drill"] = replace(specs["drill"], frame_id="tool", aliases=("borer",))
+
+    def as_borer(messages: dict[str, Any], _: int) -> None:
+        messages["masks"].segments[1].class_id = "fork"
+
+    source = spoilt(tmp_path / "in", scenes[:1], as_borer)
+    report, detections, tf = run(estimator, source, specs, tf_prefix="left/")
+    assert report.problems == {"unknown_class": 1} and tf == [["left/cereal_box_0"]]
+    (tmp_path / "out").rename(tmp_path / "first")
+
+    source = spoilt(tmp_path / "in2", scenes[:1], lambda *_: None)
+    report, detections, tf = run(estimator, source, specs)
+    assert detections == [["cereal_box_0", "drill_0"]] and tf == [["cereal_box_0", "tool_0"]]
+    (tmp_path / "out").rename(tmp_path / "second")
+    report, detections, tf = run(estimator, source, specs, min_score=1.0)
+    assert detections == [[]] and sum(report.problems.values()) == 2 and report.frames == 1
+
+    with pytest.raises(BagError, match="already has the TF frame 'cereal_box_0' on /tf.*--tf-prefix"):
+        run(estimator, tmp_path / "second", specs, detections="/again")
+    with pytest.raises(ConfigError, match="no leading slash"):
+        run(estimator, source, specs, tf_prefix="/left/")
+
+
+def test_a_frame_that_would_be_its_own_parent_is_left_out(
+    estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    report, detections, tf = run(estimator, spoilt(tmp_path / "in", scenes[:1], set_frame("drill_0")))
+    assert detections == [["cereal_box_0", "drill_0"]] and tf == [["cereal_box_0"]]
+    assert report.problems == {"bad_frame_id": 1}
+
+
+def test_boxes_with_labels_and_masks_are_read_too(
+    estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    def grey(labels: np.ndarray, head: Any) -> Any:
+        image = bags.image_message(np.repeat(labels[:, :, None], 3, 2), head)
+        return replace(image, encoding="mono8", step=labels.shape[1], data=labels.reshape(-1))
+
+    def boxes(messages: dict[str, Any], index: int) -> None:
+        head, segments = messages["image"].header, scenes[index][1]
+        labels = sum((n * s.mask.astype(np.uint8) for n, s in enumerate(segments, 1)), np.uint8(0))
+        detections = []
+        for number, segment in enumerate(segments, 1):
+            pose = pose_of(segment.class_id, np.eye(4), np.eye(6), np.zeros(3), np.ones(3))
+            result = build.detection_message(bags.message, pose, "", head).results[0]
+            point = bags.message("vision_msgs/msg/Point2D", x=0.0, y=0.0)
+            centre = bags.message("vision_msgs/msg/Pose2D", position=point, theta=0.0)
+            box = bags.message("vision_msgs/msg/BoundingBox2D", center=centre, size_x=1.0, size_y=1.0)
+            detections.append(
+                bags.message(
+                    "vision_msgs/msg/Detection2D", header=head, results=[result], bbox=box, id=str(number)
+                )
+            )
+        messages["boxes"] = bags.message(bags.BOXES, header=head, detections=detections)
+        messages["labels"] = grey(labels, head)
+        messages["mask"] = grey(labels * np.uint8(labels == 2), head)
+        if index == 1:
+            head_of({"labels": messages["labels"]}, stamp=bags.header(START + 5, "").stamp)
+
+    source = spoilt(tmp_path / "in", scenes[:2], boxes)
+    options = {"segmentation_input": "detections", "image": "/cam/image", "labels": "/cam/labels"}
+    report, detections, _ = run(estimator, source, **options)
+    assert detections == [["cereal_box_0", "drill_0"]]
+    assert report.problems == {"incomplete_segmentation": 2}
+    (tmp_path / "out").rename(tmp_path / "first")
+    options = {"segmentation_input": "mask", "mask_class": "drill", "segmentation": "/cam/mask"}
+    report, detections, _ = run(estimator, source, image="/cam/image", **options)
+    assert detections == [["drill_0"]] * 2 and not report.problems
+    with pytest.raises(ConfigError, match="--mask-class"):
+        run(estimator, source, segmentation_input="mask")
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_topics_of_unknown_type_are_copied_where_the_storage_can(
+    estimator: PoseEstimator,
+    scenes: list[tuple[np.ndarray, list[Segment]]],
+    tmp_path: Path,
+    storage: str,
+) -> None:
+    raw = b"\x00\x01\x00\x00whatever"
+
+    def unknown(writer: bags.BagWriter) -> None:
+        writer._writer.added_types.add("robot_msgs/msg/Battery")
+        connection = writer._writer.add_connection(
+            "/battery", "robot_msgs/msg/Battery", msgdef="", rihs01="RIHS01_" + 64 * "1"
+        )
+        writer._writer.write(connection, START, raw)
+
+    source = spoilt(tmp_path / "in", scenes[:1], lambda *_: None, "sqlite3", unknown)
+    report, detections, _ = run(estimator, source, storage=storage)
+    assert len(detections) == 1 and report.frames == 1
+    with bags.BagReader(tmp_path / "out") as reader:
+        kept = [bytes(data) for connection, _, data in reader.raw(["/battery"])]
+        if storage == "sqlite3":
+            (connection,) = [c for c in reader.connections if c.topic == "/battery"]
+            assert kept == [raw] and connection.msgtype == "robot_msgs/msg/Battery" and not report.notes
+            with pytest.raises(BagError, match="nothing says what a robot_msgs/msg/Battery is made of"):
+                reader.decode(raw, connection)
+        else:
+            assert kept == []
+            assert "topic /battery is left out" in report.notes[0] and "--storage sqlite3" in report.notes[0]
+
+
+def test_a_definition_that_can_not_be_read_costs_its_topic_alone(
+    estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    def broken(writer: bags.BagWriter) -> None:
+        connection = writer._writer.add_connection(
+            "/odd", "robot_msgs/msg/Odd", msgdef="float64[[ nothing", rihs01="RIHS01_" + 64 * "1"
+        )
+        writer._writer.write(connection, START, b"\x00\x01\x00\x00abcd")
+
+    source = spoilt(tmp_path / "in", scenes[:1], lambda *_: None, "mcap", broken)
+    report, detections, _ = run(estimator, source)
+    assert len(detections) == 1 and not report.problems
+    with bags.BagReader(tmp_path / "out") as reader:
+        assert [bytes(data) for _, _, data in reader.raw(["/odd"])] == [b"\x00\x01\x00\x00abcd"]

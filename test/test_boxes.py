@@ -10,9 +10,9 @@ import pytest
 from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesisWithPose
 
 from picopose_ros.errors import ConfigError, SegmentError
-from picopose_ros.node import detections as module
-from picopose_ros.node.detections import segments_from_boxes, segments_from_yolo, yolo_message_type
-from picopose_ros.node.drops import DropReason
+from picopose_ros.messages import detections as module
+from picopose_ros.messages.detections import segments_from_boxes, segments_from_yolo, yolo_message_type
+from picopose_ros.messages.reasons import DropReason
 from picopose_ros.segmentation.boxes import box_mask, polygon_mask
 
 HEIGHT, WIDTH = 40, 60

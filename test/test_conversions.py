@@ -22,19 +22,18 @@ from vision_msgs.msg import Detection3DArray
 from picopose_ros.errors import CameraError, ImageError, SegmentError
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_rgb
+from picopose_ros.messages.build import pose_in_frame, rotation_to_quaternion, transform_message
+from picopose_ros.messages.frames import camera_from_message
 from picopose_ros.messages.images import image_to_rgb
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.messages.segmentations import segments_from_message
 from picopose_ros.node.conversions import (
-    camera_from_message,
     detections_message,
     image_from_rgb,
-    pose_in_frame,
-    rotation_to_quaternion,
-    segments_from_message,
+    make,
     segments_to_message,
     stamp_to_nanoseconds,
-    transform_from_pose,
 )
-from picopose_ros.node.drops import DropReason
 from picopose_ros.segmentation import Segment
 
 HEIGHT, WIDTH = 48, 64
@@ -98,6 +97,19 @@ def test_mono16_keeps_the_high_byte_in_either_byte_order(is_bigendian: int) -> N
     message = image_message(grey, "mono16", padding=2, is_bigendian=is_bigendian)
     expected = (grey.astype(np.uint16) >> 8).astype(np.uint8)
     np.testing.assert_array_equal(image_to_rgb(message, "/image"), np.stack([expected] * 3, -1))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("encoding", ["mono16", "rgb16", "bgr16", "rgba16", "bgra16", "bayer_rggb16"])
+def test_16_bits_are_scaled_by_those_that_are_used(encoding: str, bits: int) -> None:
+    channels = {"mono": 1, "baye": 1, "rgb1": 3, "bgr1": 3, "rgba": 4, "bgra": 4}[encoding[:4]]
+    eight = np.full((HEIGHT, WIDTH, channels), 200, np.uint8)
+    if channels > 1:
+        eight[:] = [200, 120, 40, 255][:channels]
+    wide = eight.astype("<u2") << (bits - 8)
+    expected = eight[:, :, :3] if encoding.startswith("rgb") else eight[:, :, 2::-1]
+    decoded = image_to_rgb(image_message(wide, encoding), "/image")
+    np.testing.assert_array_equal(decoded, np.broadcast_to(expected, (HEIGHT, WIDTH, 3)))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +385,7 @@ def test_a_pose_becomes_a_detection_with_everything_in_it() -> None:
 
 def test_a_pose_becomes_a_transform_from_the_image_frame() -> None:
     header = Header(frame_id="camera_optical")
-    transform = transform_from_pose(object_pose(), "cup_0", header, "left/")
+    transform = transform_message(make, object_pose().T_cam_obj, header, "left/cup_0")
     assert transform.header == header
     assert transform.child_frame_id == "left/cup_0"
     assert vector(transform.transform.translation) == [0.1, -0.2, 0.9]

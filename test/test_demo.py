@@ -40,6 +40,8 @@ from picopose_ros.demo.world import (
 )
 from picopose_ros.errors import BagError
 from picopose_ros.messages import bags
+from picopose_ros.messages.frames import camera_from_message
+from picopose_ros.messages.segmentations import segments_from_message
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
@@ -108,7 +110,7 @@ def test_the_recording_is_as_a_robot_would_make_it(files: DemoFiles, truth: Reco
         recorded, message = masks[stamp]
         assert recorded == stamp + 300_000_000
         assert len(bags.typestore().serialize_cdr(message, bags.SEGMENTS)) < 50_000
-        np.testing.assert_array_equal(bags.camera_from_message(infos[stamp][1], "").K, CAMERA.K)
+        np.testing.assert_array_equal(camera_from_message(infos[stamp][1], "").K, CAMERA.K)
 
 
 def test_masks_and_true_poses_belong_together(
@@ -123,7 +125,7 @@ def test_masks_and_true_poses_belong_together(
                 name: renderer.render(meshes[class_of(name)], T, CAMERA.K, 640, 480).mask
                 for name, T in poses.items()
             }
-            segments = bags.segments_from_message(message, 480, 640, SEGMENTATION_TOPIC)
+            segments, _ = segments_from_message(message, 480, 640, SEGMENTATION_TOPIC)
             for name, mask in whole.items():
                 if files.visible[index][name] < 0.95:
                     continue

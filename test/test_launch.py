@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from picopose_ros.errors import ConfigError
+from picopose_ros.launching import check_parameter_file
 from picopose_ros.node.parameters import PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +36,19 @@ class LaunchConfiguration(Recorder):
 
 
 class DeclareLaunchArgument(Recorder):
+    @property
+    def name(self) -> str:
+        return self.args[0]
+
+
+class LogInfo(Recorder):
     pass
+
+
+class Context(dict):
+    """Values of the launch arguments, and the words of the command line."""
+
+    argv: tuple[str, ...] = ()
 
 
 class OpaqueFunction(Recorder):
@@ -53,7 +67,11 @@ class Node(Recorder):
 def launch_file(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     names = {
         "launch": {"LaunchContext": dict, "LaunchDescription": list},
-        "launch.actions": {"DeclareLaunchArgument": DeclareLaunchArgument, "OpaqueFunction": OpaqueFunction},
+        "launch.actions": {
+            "DeclareLaunchArgument": DeclareLaunchArgument,
+            "OpaqueFunction": OpaqueFunction,
+            "LogInfo": LogInfo,
+        },
         "launch.conditions": {"IfCondition": Recorder},
         "launch.substitutions": {"LaunchConfiguration": LaunchConfiguration},
         "launch_ros": {},
@@ -87,15 +105,21 @@ def resolve(value: Any, context: dict[str, str]) -> Any:
     return value
 
 
-def start(module: types.ModuleType, **given: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments of the two nodes, picopose_node's and rviz2's, for a command line."""
+def actions(module: types.ModuleType, argv: tuple[str, ...] = (), **given: str) -> tuple[list[Any], Context]:
+    """What a command line starts, and the values of its arguments."""
     description = module.generate_launch_description()
     declared = [a for a in description if isinstance(a, DeclareLaunchArgument)]
-    context = {a.args[0]: a.kwargs["default_value"] for a in declared}
+    context = Context({a.args[0]: a.kwargs["default_value"] for a in declared})
+    context.argv = argv
     assert set(given) <= set(context), "an argument that is not declared"
     context.update(given)
     (opaque,) = [a for a in description if isinstance(a, OpaqueFunction)]
-    nodes = opaque.kwargs["function"](context, *opaque.kwargs["args"])
+    return opaque.kwargs["function"](context, *opaque.kwargs["args"]), context
+
+
+def start(module: types.ModuleType, **given: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of the two nodes, picopose_node's and rviz2's, for a command line."""
+    nodes, context = actions(module, **given)
     picopose, rviz = [resolve(node.kwargs, context) for node in nodes]
     return picopose, rviz
 
@@ -103,7 +127,7 @@ def start(module: types.ModuleType, **given: str) -> tuple[dict[str, Any], dict[
 def test_every_argument_is_declared_and_described(launch_file: types.ModuleType) -> None:
     declared = [a for a in launch_file.generate_launch_description() if isinstance(a, DeclareLaunchArgument)]
     assert {a.args[0] for a in declared} == {
-        "mesh_dir", "weights", "preset", "device", "namespace",
+        "mesh_dir", "weights", "preset", "device", "namespace", "cache_dir", "respawn",
         "image", "camera_info", "segmentation", "labels",
         "params_file", "use_sim_time", "rviz", "segmentation_input", "mask_class", "image_transport",
         "tf_prefix", "target_frame", "autostart",
@@ -124,7 +148,12 @@ def test_without_arguments_the_parameter_file_decides(launch_file: types.ModuleT
     assert rviz["condition"] == ["false"]
 
 
-def test_arguments_override_the_parameter_file(launch_file: types.ModuleType) -> None:
+def test_arguments_override_the_parameter_file(
+    launch_file: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("picopose_node:\n  ros__parameters:\n    hypotheses: 3\n")
+    monkeypatch.setattr(launch_file, "get_package_prefix", lambda name: f"/opt/{name}")
     node, rviz = start(
         launch_file,
         mesh_dir="2024",
@@ -132,22 +161,67 @@ def test_arguments_override_the_parameter_file(launch_file: types.ModuleType) ->
         preset="vitl",
         device="cuda:1",
         use_sim_time="true",
-        params_file="mine.yaml",
+        params_file=str(mine),
         namespace="left",
+        cache_dir="/cache",
+        respawn="true",
         rviz="true",
     )
     params_file, overrides = node["parameters"]
-    assert params_file == "mine.yaml"
+    assert params_file == str(mine)
     assert overrides == {
         "mesh_dir": "2024",  # a string, though YAML would read a number
         "weights": "w.safetensors",
         "preset": "vitl",
         "device": "cuda:1",
+        "cache_dir": "/cache",
         "use_sim_time": True,
     }
+    assert node["respawn"] == "true"
     assert node["namespace"] == rviz["namespace"] == "left"
     assert rviz["parameters"] == [{"use_sim_time": True}]
     assert rviz["condition"] == ["true"]
+
+
+def test_rviz_is_looked_for_before_anything_is_started(launch_file: types.ModuleType) -> None:
+    # PyPI has no rviz2.
+    with pytest.raises(RuntimeError, match="rviz2 isn't installed: sudo apt install ros-"):
+        actions(launch_file, rviz="true")
+
+
+def test_arguments_that_there_are_not_are_named(launch_file: types.ModuleType) -> None:
+    nodes, _ = actions(launch_file, ("mesh_dri:=/meshes", "device:=cpu", "colour:=blue", "--noninteractive"))
+    said = [one.kwargs["msg"] for one in nodes if isinstance(one, LogInfo)]
+    assert len(said) == 2
+    assert "no launch argument mesh_dri" in said[0] and "did you mean mesh_dir?" in said[0]
+    assert "no launch argument colour" in said[1] and "--show-args" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("/**:\n  ros__parameters: {unit: mm}\n", None),
+        ("/left/picopose_node:\n  ros__parameters: {unit: mm}\n", None),
+        ("left:\n  picopose_node:\n    ros__parameters: {unit: mm}\n", None),
+        ("picopose:\n  ros__parameters: {unit: mm}\n", "has no section for picopose_node (it has: picopose)"),
+        ("unit: mm\n", "has no section for picopose_node (it has: none)"),
+    ],
+)
+def test_a_parameter_file_for_another_node_is_named(tmp_path: Path, text: str, says: str | None) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    said = check_parameter_file(path)
+    assert [says in sentence for sentence in said] == ([] if says is None else [True])
+
+
+def test_a_parameter_file_that_can_not_be_read_starts_nothing(
+    launch_file: types.ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml can't be read"):
+        actions(launch_file, params_file=str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="broken.yaml is not valid YAML"):
+        actions(launch_file, params_file=str(tmp_path / "broken.yaml"))
 
 
 def test_parameters_exist_in_the_node(launch_file: types.ModuleType) -> None:

@@ -40,17 +40,35 @@ class Recorder:
         self.args = args
         self.kwargs = kwargs
 
+    @property
+    def name(self) -> str:
+        """Of a DeclareLaunchArgument."""
+        return self.args[0]
+
     def perform(self, context: dict[str, str]) -> str:
         """Of a LaunchConfiguration."""
         return context[self.args[0]]
 
 
+class Context(dict):
+    """Values of the launch arguments, and the words of the command line."""
+
+    argv: tuple[str, ...] = ()
+
+
 @pytest.fixture(scope="module")
 def launch_file() -> Iterator[types.ModuleType]:
-    kinds = {name: type(name, (Recorder,), {}) for name in ("Argument", "Function", "Value", "Node", "Other")}
+    kinds = {
+        name: type(name, (Recorder,), {})
+        for name in ("Argument", "Function", "Log", "Value", "Node", "Other")
+    }
     names = {
         "launch": {"LaunchContext": dict, "LaunchDescription": list},
-        "launch.actions": {"DeclareLaunchArgument": kinds["Argument"], "OpaqueFunction": kinds["Function"]},
+        "launch.actions": {
+            "DeclareLaunchArgument": kinds["Argument"],
+            "OpaqueFunction": kinds["Function"],
+            "LogInfo": kinds["Log"],
+        },
         "launch.substitutions": {"LaunchConfiguration": kinds["Other"]},
         "launch_ros": {},
         "launch_ros.actions": {"Node": kinds["Node"]},
@@ -74,7 +92,7 @@ def start(module: types.ModuleType, **given: str) -> list[dict[str, Any]]:
     *arguments, function = module.generate_launch_description()
     declared = {a.args[0]: a.kwargs.get("default_value") for a in arguments}
     assert set(given) <= set(declared), "an argument that is not declared"
-    context = {**declared, **given}
+    context = Context({**declared, **given})
 
     def value_of(value: Any) -> Any:
         if not isinstance(value, Recorder):
@@ -83,7 +101,7 @@ def start(module: types.ModuleType, **given: str) -> list[dict[str, Any]]:
         return {"true": True, "false": False}[text] if value.kwargs.get("value_type") is bool else text
 
     nodes = []
-    for node in function.kwargs["function"](context):
+    for node in function.kwargs["function"](context, *function.kwargs["args"]):
         assert (node.kwargs["package"], node.kwargs["executable"]) == ("picopose_ros", "picopose_node")
         params_file, parameters = node.kwargs["parameters"]
         nodes.append(

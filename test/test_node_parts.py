@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,24 @@ from sensor_msgs.msg import CompressedImage
 from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesisWithPose
 
 from picopose_ros.errors import ImageError, MeshError, SegmentError
+from picopose_ros.messages.build import symmetries_text
+from picopose_ros.messages.frames import FrameReader, FrameRefused
 from picopose_ros.messages.images import compressed_to_rgb
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.messages.segmentations import (
+    label_image,
+    segment_reader,
+    segments_from_detections,
+    segments_from_mask,
+)
 from picopose_ros.model import load_model
 from picopose_ros.node import transforms
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message
-from picopose_ros.node.drops import DropCount, DropReason
-from picopose_ros.node.frames import FrameRefused, read_frame, segment_reader
-from picopose_ros.node.masks import label_image, segments_from_detections, segments_from_mask
+from picopose_ros.node.drops import DropCount
+from picopose_ros.node.memory import give_back
 from picopose_ros.node.objects import MeshFolder, describe_change
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown
+from picopose_ros.templates.meshes import ObjectSpec, Symmetries
 
 TOPICS = {"image": "/image", "camera_info": "/camera_info", "segmentation": "/masks", "labels": "/labels"}
 
@@ -139,6 +149,10 @@ def compressed(pixels: np.ndarray, suffix: str, kind: str) -> CompressedImage:
     return CompressedImage(header=header(1), format=kind, data=cv2.imencode(suffix, pixels)[1].tobytes())
 
 
+def png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 def smooth() -> np.ndarray:
     """(H, W, 3) RGB that JPEG hardly harms."""
     rows, cols = np.mgrid[:HEIGHT, :WIDTH]
@@ -175,6 +189,11 @@ def test_compressed_grey_and_bayer_images() -> None:
         (b"no image", "jpeg", "no whole image of a known kind"),
         (cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()[:200], "jpeg", "200 bytes"),
         (b"12345678", "16UC1; compressedDepth png", "depth"),
+        (png(np.full((8, 8), 600, np.uint16)), "16UC1; png compressed", "depth"),
+        (png(np.full((8, 8), 600, np.uint16)), "32FC1; png compressed", "depth"),
+        (png(np.full((8, 8), 600, np.uint16)), "png", "1 channel of uint16: that is depth"),
+        (png(np.full((8, 8), 600, np.uint16)), "", "1 channel of uint16: that is depth"),
+        (cv2.imencode(".tiff", np.full((8, 8), 0.6, np.float32))[1].tobytes(), "tiff", "of float32"),
     ],
 )
 def test_compressed_images_that_can_not_be_decoded_are_refused(data: bytes, kind: str, says: str) -> None:
@@ -182,14 +201,35 @@ def test_compressed_images_that_can_not_be_decoded_are_refused(data: bytes, kind
         compressed_to_rgb(CompressedImage(format=kind, data=data), "/image/compressed")
 
 
+@pytest.mark.parametrize(("encoding", "bits"), [("mono16", 12), ("mono16", 16), ("rgb16", 10), ("", 12)])
+def test_compressed_colours_of_16_bits_are_scaled_by_those_that_are_used(encoding: str, bits: int) -> None:
+    rgb = smooth()
+    if encoding == "mono16":
+        rgb = np.repeat(rgb[:, :, :1], 3, 2)
+    wide = rgb.astype(np.uint16) << (bits - 8)
+    wide[0, 0] = (1 << bits) - 1
+    pixels = wide[:, :, 0] if encoding == "mono16" else wide[:, :, ::-1]
+    message = CompressedImage(format=f"{encoding}; png compressed", data=png(pixels))
+    back = compressed_to_rgb(message, "/image/compressed")
+    np.testing.assert_array_equal(back[1:], rgb[1:])
+
+
 # Frames.
 
 
+def test_the_depth_of_a_cameras_pixels_is_that_of_the_brightest_image_so_far(scene: Scene) -> None:
+    reader = FrameReader(TOPICS, segment_reader("segments", "", TOPICS))
+    for value, expected in ((200, 200), (4000, 250), (200, 12), (60_000, 234), (4000, 15)):
+        image = image_message(np.full((HEIGHT, WIDTH), value, np.uint16), 1, "mono16")
+        frame = reader.read(image, camera_message(1), segments_message(scene.segments, 1))
+        assert np.unique(frame.rgb) == [expected]
+
+
 def test_a_frame_holds_what_came(scene: Scene) -> None:
-    read = segment_reader("segments", "", TOPICS)
+    reader = FrameReader(TOPICS, segment_reader("segments", "", TOPICS))
     segmentation = segments_message(scene.segments, 1)
     for image in (image_message(scene.rgb, 1), compressed(scene.rgb[:, :, ::-1], ".png", "png")):
-        frame = read_frame(image, camera_message(1), segmentation, read, TOPICS)
+        frame = reader.read(image, camera_message(1), segmentation)
         np.testing.assert_array_equal(frame.rgb, scene.rgb)
         assert (frame.camera.width, frame.camera.height) == (WIDTH, HEIGHT)
         assert [segment.class_id for segment in frame.segments] == ["block", "can", "block"]
@@ -216,7 +256,7 @@ def test_a_frame_is_refused_for_a_reason(
     }
     spoil(messages)
     with pytest.raises(FrameRefused) as refused:
-        read_frame(*messages.values(), segment_reader("segments", "", TOPICS), TOPICS)
+        FrameReader(TOPICS, segment_reader("segments", "", TOPICS)).read(*messages.values())
     assert refused.value.reason is reason
 
 
@@ -331,6 +371,26 @@ def test_latencies_forget_what_is_long_ago() -> None:
     assert 1.0 < p95 <= 11.0
 
 
+# Memory, symmetries.
+
+
+def test_memory_is_given_back_or_left_alone() -> None:
+    give_back()  # where the C library has no such function, too
+
+
+def test_symmetries_are_told_in_metres_for_planners() -> None:
+    half = np.diag([-1.0, -1.0, 1.0, 1.0])
+    spin = Symmetries((half,), ((np.array([0.0, 0, 1]), np.array([0.01, 0, 0])),))
+    specs = {
+        "cup": ObjectSpec("cup", Path("cup.ply"), symmetries=spin),
+        "mug": ObjectSpec("mug", Path("mug.ply")),
+    }
+    told = json.loads(symmetries_text(specs))
+    assert told["mug"] == {"symmetries_discrete": [], "symmetries_continuous": []}
+    assert told["cup"]["symmetries_discrete"] == [half.reshape(16).tolist()]
+    assert told["cup"]["symmetries_continuous"] == [{"axis": [0, 0, 1], "offset": [0.01, 0, 0]}]
+
+
 # Transforms, with a tf2_ros that knows one frame.
 
 
@@ -361,6 +421,25 @@ def tf2_ros(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.Buffer, module.TransformListener = Buffer, TransformListener
     monkeypatch.setattr(transforms, "tf2_ros", module)
     return module
+
+
+def test_a_late_transform_is_waited_for_as_long_as_the_estimate_took(
+    tf2_ros: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = types.SimpleNamespace(now=0.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(transforms, "time", types.SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    target = TargetFrame(None, "base_link")
+    waited = []
+    for spent in (0.0, 0.02, 0.3, 9.0):
+        before = clock.now
+        with pytest.raises(TransformUnknown):
+            target.lookup(header(6, "camera"), spent)
+        waited.append(clock.now - before)
+    np.testing.assert_allclose(waited, [0.1, 0.1, 0.3, 0.5], atol=0.03)
 
 
 def test_the_target_frame_is_found_at_the_images_stamp(tf2_ros: types.ModuleType) -> None:

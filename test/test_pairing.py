@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from picopose_ros.node.drops import DropLog, DropReason
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.node.drops import DropLog
 from picopose_ros.node.pairing import (
     INFO_PATIENCE,
     JUMP_BACK,

@@ -30,7 +30,8 @@ from picopose_ros.cli.segments import SegmentSource, Timeline, read_class_names,
 from picopose_ros.errors import BagError, SegmentError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.messages import bags
-from picopose_ros.node.conversions import segments_from_message, stamp_to_nanoseconds
+from picopose_ros.messages.segmentations import segments_from_message
+from picopose_ros.node.conversions import stamp_to_nanoseconds
 from picopose_ros.segmentation import CnosDetections, Problems
 
 HEIGHT, WIDTH = 48, 64
@@ -293,7 +294,7 @@ def written_segments(path: Path) -> dict[int, list[tuple[str, float, np.ndarray]
     with bags.BagReader(path) as reader:
         for _, _, message in reader.messages(["/segmentation"]):
             assert message.header.frame_id == "camera"
-            segments = bags.segments_from_message(message, HEIGHT, WIDTH, "/segmentation")
+            segments = segments_from_message(message, HEIGHT, WIDTH, "/segmentation")[0]
             found[bags.stamp_of(message)] = [(s.class_id, s.score, s.mask) for s in segments]
     return found
 

@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from picopose_ros.demo.world import World
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimator import ObjectPose
+from picopose_ros.geometry.motion import CameraMotion
 from picopose_ros.geometry.poses import invert_transform, make_transform, rotation_angle_deg
 from picopose_ros.instances import InstanceTracker, SmoothingSettings, TrackedPose
 from picopose_ros.templates.meshes import Symmetries
@@ -177,6 +178,41 @@ def test_a_stream_slower_than_the_timeout_keeps_its_names() -> None:
     tracker.update(0.0, [pose("cup"), pose("cup", 0.5)])
     assert names(tracker.update(60.0, [pose("cup", 0.5), pose("cup")])) == ["cup_1", "cup_0"]
     assert tracker.retired() == []
+
+
+@pytest.mark.parametrize("late", [{3}, {3, 4}, {2, 4, 6}])
+def test_a_late_transform_of_a_moving_camera_changes_no_name(late: set[int]) -> None:
+    """As the node does it: the camera goes on as before where TF has not told yet."""
+    tracker, motion = InstanceTracker(max_distance=0.3), CameraMotion()
+    for frame in range(8):
+        stamp, T_fixed_cam = 0.1 * frame, np.eye(4)
+        T_fixed_cam[0, 3] = 0.25 * frame  # as far as the cups are apart
+        if frame not in late:
+            motion.know(stamp, T_fixed_cam)
+        cups = [pose("cup", x - 0.25 * frame) for x in (0.0, 0.25)]
+        assert names(tracker.update(stamp, cups, motion.at(stamp))) == ["cup_0", "cup_1"], frame
+
+
+def test_where_answers_are_slower_than_the_timeout_names_outlast_missing_ones() -> None:
+    tracker = InstanceTracker(timeout=1.0, max_distance=0.3)
+    for stamp in (0.0, 1.2, 2.4, 3.6):
+        tracker.update(stamp, [pose("cup")])
+        tracker.expire(stamp + 1.1)  # as the node does while it waits
+    assert tracker.update(4.8, []) == [] and tracker.update(6.0, []) == []
+    # It moved on meanwhile, farther than max_distance, as far as in 1.2 s.
+    assert names(tracker.update(7.2, [pose("cup", 0.5)])) == ["cup_0"]
+    assert tracker.retired() == []
+    tracker.expire(7.2 + 3.7)
+    assert tracker.retired() == ["cup_0"]
+
+
+def test_a_pause_is_no_slow_stream() -> None:
+    tracker = InstanceTracker(timeout=1.0)
+    for stamp in (0.0, 0.1, 0.2, 0.3, 0.4):
+        tracker.update(stamp, [pose("cup")])
+    tracker.update(30.0, [])
+    tracker.expire(30.0)
+    assert tracker.retired() == ["cup_0"]
 
 
 def test_expire_retires_where_no_frames_come() -> None:

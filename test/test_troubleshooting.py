@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from picopose_ros import errors
-from picopose_ros.node.drops import DropReason
+from picopose_ros.messages.reasons import DropReason
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -16,6 +16,7 @@ import numpy as np
 from picopose_ros.errors import BagError, CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel, is_rectified_topic
 from picopose_ros.messages import bags
+from picopose_ros.messages.frames import camera_from_message
 from picopose_ros.messages.images import image_to_rgb
 from picopose_ros.progress import progress_bar
 
@@ -96,7 +97,7 @@ def _camera(infos: dict[int, Any], stamp: int, topic: str, rectified: bool) -> C
     info = infos.get(stamp, next(iter(infos.values()), None))
     if info is None:
         raise CameraError(f"no camera_info was recorded on {topic}")
-    return bags.camera_from_message(info, topic, rectified)
+    return camera_from_message(info, topic, rectified)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -28,6 +29,9 @@ _DEPTH_WEIGHT = 0.3
 
 _ROTATION_WEIGHT = 0.25
 """What the largest rotation counts against the largest distance; rotations are wrong more often."""
+
+_ANSWERS = 3
+"""Answers that an instance may be missing from, whatever the timeout."""
 
 _NO_SYMMETRY = SymmetryGroup(Symmetries())
 
@@ -76,6 +80,9 @@ class InstanceTracker:
     A detector that follows what it sees (yolo_ros) may say which pose is what: a pose with the tracked id of
     an instance belongs to it wherever it is, because the detector has seen the images in between.
 
+    Where answers come slowly, both limits grow with the measured interval between them: the timeout is at
+    least three intervals, and the distance at least what an object usually moves in one.
+
     Stamps are seconds of the images' clock. What is answered late (a stamp before the newest) is named, but
     moves nothing. A stamp more than ``timeout`` before the newest is a clock that was set back: all starts
     anew.
@@ -111,6 +118,7 @@ class InstanceTracker:
         self._ghosts: dict[str, _Track] = {}  # what had a name before, where it was last seen
         self._retired: list[str] = []
         self._newest = -np.inf
+        self._intervals: deque[float] = deque(maxlen=9)
         self.set_symmetries(symmetries or {})
 
     @property
@@ -144,6 +152,8 @@ class InstanceTracker:
         if stamp < self._newest - self.timeout:
             self.clear()
         late = stamp < self._newest
+        if np.isfinite(self._newest) and stamp > self._newest:
+            self._intervals.append(stamp - self._newest)
         self._newest = max(self._newest, stamp)
         ids = [""] * len(poses) if tracked_ids is None else tracked_ids
         found = self._associate(stamp, poses, range(len(poses)), self._tracks, T_fixed_cam, ids)
@@ -177,7 +187,8 @@ class InstanceTracker:
             stamp: seconds. keep: names that are not retired.
         """
         kept = set(keep)
-        gone = [t for t in self._tracks if stamp - t.stamp > self.timeout and t.name not in kept]
+        timeout = max(self.timeout, _ANSWERS * self._interval)
+        gone = [t for t in self._tracks if stamp - t.stamp > timeout and t.name not in kept]
         self._tracks = [track for track in self._tracks if track not in gone]
         self._retired += [track.name for track in gone]
         self._ghosts |= {track.name: track for track in gone}
@@ -193,6 +204,12 @@ class InstanceTracker:
         self._tracks = []
         self._ghosts = {}
         self._newest = -np.inf
+        self._intervals.clear()
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between answers, the median; 0 while too few have come to tell."""
+        return float(np.median(self._intervals)) if len(self._intervals) >= _ANSWERS else 0.0
 
     def _associate(
         self,
@@ -234,9 +251,10 @@ class InstanceTracker:
                 T = group.nearest(poses[row].T_cam_obj, seen[:3, :3])
                 distance[i, j] = _distance(_point(T, poses[row].bbox_centre), before)
                 rotation[i, j] = rotation_angle_deg(T[:3, :3], seen[:3, :3])
+        farthest = max(self.max_distance, _STILL + _SPEED * self._interval)
         turned = _ROTATION_WEIGHT * np.minimum(rotation / self.max_rotation_deg, 1.0) ** 2
         free_rows, free_tracks = np.arange(shape[0]), np.arange(shape[1])
-        for limit in (np.minimum(usual, self.max_distance), np.full(shape, self.max_distance)):
+        for limit in (np.minimum(usual, farthest), np.full(shape, farthest)):
             part = np.ix_(free_rows, free_tracks)
             # A pair that is not to be costs more than any other, so that it is chosen only to be dropped.
             cost = np.where(

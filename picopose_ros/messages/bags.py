@@ -8,6 +8,8 @@ documented originals.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -16,16 +18,18 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from rosbags.highlevel import AnyReader
-from rosbags.interfaces import Connection, ConnectionExtRosbag2, Qos
-from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
-from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.interfaces import Connection, ConnectionExtRosbag2, MessageDefinitionFormat, Qos
+from rosbags.rosbag2 import Reader, StoragePlugin, Writer, WriterError
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
-from picopose_ros.errors import BagError, CameraError, SegmentError
+from picopose_ros.errors import BagError
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.segmentation import Segment, mask_roi, rle_decode, rle_encode
+from picopose_ros.messages import build
+from picopose_ros.segmentation import Segment
+
+_log = logging.getLogger(__name__)
 
 INTERFACES: dict[str, str] = {
     "picopose_ros/msg/Segment": """
@@ -56,6 +60,29 @@ INTERFACES: dict[str, str] = {
         geometry_msgs/Pose center
         geometry_msgs/Vector3 size
     """,
+    "vision_msgs/msg/Point2D": """
+        float64 x
+        float64 y
+    """,
+    "vision_msgs/msg/Pose2D": """
+        Point2D position
+        float64 theta
+    """,
+    "vision_msgs/msg/BoundingBox2D": """
+        Pose2D center
+        float64 size_x
+        float64 size_y
+    """,
+    "vision_msgs/msg/Detection2D": """
+        std_msgs/Header header
+        ObjectHypothesisWithPose[] results
+        BoundingBox2D bbox
+        string id
+    """,
+    "vision_msgs/msg/Detection2DArray": """
+        std_msgs/Header header
+        Detection2D[] detections
+    """,
     "vision_msgs/msg/Detection3D": """
         std_msgs/Header header
         ObjectHypothesisWithPose[] results
@@ -70,8 +97,10 @@ INTERFACES: dict[str, str] = {
 """Definitions by type name, in the order of their dependencies."""
 
 IMAGE = "sensor_msgs/msg/Image"
+COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 SEGMENTS = "picopose_ros/msg/SegmentArray"
+BOXES = "vision_msgs/msg/Detection2DArray"
 DETECTIONS = "vision_msgs/msg/Detection3DArray"
 TF = "tf2_msgs/msg/TFMessage"
 
@@ -98,6 +127,9 @@ def message(name: str, **fields: Any) -> Any:
 class BagReader:
     """A rosbag2 folder, sqlite3 or mcap, open for reading in the order of recording.
 
+    Each topic is decoded by the definition of its type that the recording holds, else by the one that this
+    package knows; one without either can be copied, but not decoded.
+
     Raises:
         BagError: there is no bag, or it can't be read; names it.
     """
@@ -105,9 +137,10 @@ class BagReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._stack = ExitStack()
+        self._stores: dict[str, Typestore | None] = {}
         try:
-            self._reader = self._stack.enter_context(AnyReader([self.path], default_typestore=typestore()))
-        except Exception as error:  # a damaged file raises anything, from AnyReaderError to struct.error
+            self._reader = self._stack.enter_context(Reader(self.path))
+        except Exception as error:  # a damaged file raises anything, from ReaderError to struct.error
             hint = "give the folder that holds metadata.yaml, of a recording that was ended properly"
             raise BagError(f"bag {self.path} can't be read ({error}): {hint}") from error
 
@@ -122,7 +155,7 @@ class BagReader:
     @property
     def connections(self) -> list[Connection]:
         """Topics with their types."""
-        return self._reader.connections
+        return list(self._reader.connections)
 
     @property
     def message_count(self) -> int:
@@ -134,13 +167,17 @@ class BagReader:
         """Name of the storage plug-in."""
         return "mcap" if list(self.path.glob("*.mcap*")) else "sqlite3"
 
+    def topics(self, *message_types: str) -> list[str]:
+        """Names of the topics of these types."""
+        return sorted({c.topic for c in self.connections if c.msgtype in message_types})
+
     def topic(self, message_type: str, wanted: str | None = None) -> str:
         """Name of the topic of a type: ``wanted`` where given, else the only one there is.
 
         Raises:
             BagError: there is no such topic, or several and none was named.
         """
-        topics = sorted({c.topic for c in self.connections if c.msgtype == message_type})
+        topics = self.topics(message_type)
         if wanted is not None:
             if wanted in topics:
                 return wanted
@@ -177,18 +214,49 @@ class BagReader:
         """A message from its CDR bytes.
 
         Raises:
-            BagError: the bytes are no message of the connection's type.
+            BagError: the bytes are no message of the connection's type, or its definition isn't known.
         """
+        where = f"bag {self.path}, topic {connection.topic}"
+        store = self._store(connection)
+        if store is None:
+            raise BagError(f"{where}: nothing says what a {connection.msgtype} is made of")
         try:
-            return self._reader.deserialize(raw, connection.msgtype)
+            return store.deserialize_cdr(raw, connection.msgtype)
         except Exception as error:  # a cut message fails in many ways
-            where = f"bag {self.path}, topic {connection.topic}"
             raise BagError(f"{where}: a {connection.msgtype} can't be decoded ({error!r})") from error
 
     def messages(self, topics: Sequence[str] | None = None) -> Iterator[tuple[Connection, int, Any]]:
         """Messages as (connection, time of recording in ns, message)."""
         for connection, stamp, raw in self.raw(topics):
             yield connection, stamp, self.decode(raw, connection)
+
+    def _store(self, connection: Connection) -> Typestore | None:
+        """What decodes a topic; None if its type isn't known."""
+        name = connection.msgtype
+        if name not in self._stores:
+            self._stores[name] = _store_of(connection)
+        return self._stores[name]
+
+
+def _store_of(connection: Connection) -> Typestore | None:
+    name, definition = connection.msgtype, connection.msgdef
+    try:
+        if definition.data and definition.format == MessageDefinitionFormat.MSG:
+            types = get_types_from_msg(definition.data, name)
+        elif definition.data and definition.format == MessageDefinitionFormat.IDL:
+            parts = re.split(r"^={80}\n(?:IDL: .*\n)?", definition.data, flags=re.MULTILINE)
+            types = {}
+            for part in filter(str.strip, parts):
+                types |= get_types_from_idl(part)
+        else:
+            types = {}
+        if name in types:
+            store = get_typestore(Stores.EMPTY)
+            store.register(types)
+            return store
+    except Exception as error:  # noqa: BLE001 (the parser raises anything; the topic may not be needed)
+        _log.warning("the definition of %s in the recording can't be read (%s)", name, error)
+    return typestore() if name in typestore().types else None
 
 
 class BagWriter:
@@ -208,6 +276,7 @@ class BagWriter:
             raise BagError(f"storage '{storage}' is unknown: use one of {', '.join(STORAGES)}")
         self._topics: dict[str, tuple[Connection, str]] = {}
         try:
+            self._storage = storage
             self._writer = Writer(self.path, version=9, storage_plugin=STORAGES[storage])
             self._writer.open()
         except (WriterError, OSError) as error:
@@ -239,22 +308,35 @@ class BagWriter:
                 f"topic {topic} already holds {self._topics[topic][1]}, not {message_type}: rename one"
             )
 
-    def add_like(self, connection: Connection) -> None:
-        """Make the topic of another bag's connection, with its own definition of the type."""
-        if connection.topic in self._topics:
-            return
-        if not connection.msgdef.data or not connection.digest:
-            self.add_topic(connection.topic, connection.msgtype)
-            return
+    def add_like(self, connection: Connection) -> str:
+        """Make the topic of another bag's connection, with its own definition of the type.
+
+        Returns:
+            Why the topic can't be made in this storage; empty if it was.
+        """
+        topic, kind = connection.topic, connection.msgtype
+        if topic in self._topics:
+            made = self._topics[topic][1]
+            return "" if made == kind else f"topic {topic} holds messages of {made}, too: {kind} is left out"
+        definition, digest = connection.msgdef.data, connection.digest
+        if definition and not digest:
+            digest = _hash_of(connection)
         qos = connection.ext.offered_qos_profiles if isinstance(connection.ext, ConnectionExtRosbag2) else ()
+        if not definition and kind in typestore().types:
+            self.add_topic(topic, kind, qos)
+            return ""
+        if not definition:
+            if self._storage != "sqlite3":
+                return (
+                    f"topic {topic} is left out: nothing says what a {kind} is made of, which "
+                    f"{self._storage} needs; --storage sqlite3 keeps it"
+                )
+            self._writer.added_types.add(kind)  # no definition is written
         made = self._writer.add_connection(
-            connection.topic,
-            connection.msgtype,
-            msgdef=connection.msgdef.data,
-            rihs01=connection.digest,
-            offered_qos_profiles=qos,
+            topic, kind, msgdef=definition, rihs01=digest or _NO_HASH, offered_qos_profiles=qos
         )
-        self._topics[connection.topic] = made, connection.msgtype
+        self._topics[topic] = made, kind
+        return ""
 
     def write_raw(self, topic: str, stamp: int, raw: bytes) -> None:
         """Write CDR bytes to a topic that was made; ``stamp`` is the time of recording in ns."""
@@ -264,6 +346,19 @@ class BagWriter:
         """Write a message; the topic is made if needed."""
         self.add_topic(topic, message_type)
         self.write_raw(topic, stamp, typestore().serialize_cdr(content, message_type))
+
+
+_NO_HASH = "RIHS01_" + 64 * "0"
+"""Of a type that nothing is known of."""
+
+
+def _hash_of(connection: Connection) -> str:
+    """Hash of a type whose definition was recorded without one, as by rosbag2 before ROS 2 Iron."""
+    store = _store_of(connection)
+    try:
+        return store.hash_rihs01(connection.msgtype) if store is not None else ""
+    except Exception:  # noqa: BLE001 (a definition that can't be read is copied all the same)
+        return ""
 
 
 def header(stamp: int, frame_id: str) -> Any:
@@ -317,117 +412,14 @@ def camera_message(camera: CameraModel, head: Any) -> Any:
     )
 
 
-def camera_from_message(content: Any, topic: str, rectified: bool = False) -> CameraModel:
-    """A CameraInfo as camera model; see `CameraModel.from_camera_info`.
-
-    Args:
-        content: the message.
-        topic: where it came from, for the error message.
-        rectified: its images are rectified.
-
-    Raises:
-        CameraError: it can't be used; names the topic.
-    """
-    try:
-        return CameraModel.from_camera_info(content, rectified)
-    except CameraError as error:
-        raise CameraError(f"camera_info on {topic} can't be used: {error}") from error
-
-
 def segments_message(segments: Sequence[Segment], head: Any, height: int, width: int) -> Any:
-    """Segments of one image as SegmentArray, each mask in whichever encoding is smaller."""
-    entries = []
-    for segment in segments:
-        x, y, w, h = mask_roi(segment.mask) or (0, 0, 0, 0)
-        inside = segment.mask[y : y + h, x : x + w]
-        runs, bits = np.array(rle_encode(inside), np.uint32), np.packbits(inside)
-        use_runs = 4 * len(runs) <= len(bits)
-        roi = message(
-            "sensor_msgs/msg/RegionOfInterest", x_offset=x, y_offset=y, height=h, width=w, do_rectify=False
-        )
-        entry = message(
-            "picopose_ros/msg/Segment",
-            class_id=segment.class_id,
-            score=float(segment.score),
-            roi=roi,
-            encoding=0 if use_runs else 1,
-            rle=runs if use_runs else np.zeros(0, np.uint32),
-            bitmap=np.zeros(0, np.uint8) if use_runs else bits,
-        )
-        entries.append(entry)
-    return message(SEGMENTS, header=head, height=height, width=width, segments=entries)
-
-
-def segments_from_message(content: Any, height: int, width: int, topic: str) -> list[Segment]:
-    """The segments of a SegmentArray.
-
-    Args:
-        content: the message.
-        height, width: of the image it belongs to, pixels.
-        topic: where it came from, for the error messages.
-
-    Raises:
-        SegmentError: the masks are of another image size, or one of them is broken.
-    """
-    if (content.height, content.width) != (height, width):
-        raise SegmentError(
-            f"segmentation on {topic} is of a {content.width}x{content.height} image, but the image"
-            f" with its stamp has {width}x{height}: scale the masks to the image"
-        )
-    segments = []
-    for index, entry in enumerate(content.segments):
-        where = f"segment {index} ('{entry.class_id}') on {topic}"
-        y, x, h, w = (
-            int(v) for v in (entry.roi.y_offset, entry.roi.x_offset, entry.roi.height, entry.roi.width)
-        )
-        if y + h > height or x + w > width:
-            raise SegmentError(
-                f"{where}: its roi ({x}, {y}, {w}x{h}) leaves the image of {width}x{height} pixels"
-            )
-        mask = np.zeros((height, width), bool)
-        if h and w:
-            try:
-                mask[y : y + h, x : x + w] = _decode_roi(entry, h, w)
-            except SegmentError as error:
-                raise SegmentError(f"{where}: {error}") from error
-        segments.append(Segment(entry.class_id, float(entry.score), mask))
-    return segments
-
-
-def _decode_roi(entry: Any, height: int, width: int) -> np.ndarray:
-    if entry.encoding == 0:
-        return rle_decode(np.asarray(entry.rle, np.int64), height, width)
-    packed = np.asarray(entry.bitmap, np.uint8)
-    if entry.encoding != 1 or len(packed) != (height * width + 7) // 8:
-        raise SegmentError(
-            f"encoding {entry.encoding} with {len(packed)} bytes is no mask of {width}x{height} pixels"
-        )
-    return np.unpackbits(packed, count=height * width).astype(bool).reshape(height, width)
-
-
-def pose_message(T: np.ndarray) -> Any:
-    """A transform (4, 4) in metres as geometry_msgs/Pose."""
-    x, y, z, w = (float(v) for v in Rotation.from_matrix(T[:3, :3]).as_quat(canonical=True))
-    return message(
-        "geometry_msgs/msg/Pose",
-        position=message("geometry_msgs/msg/Point", **_xyz(T[:3, 3])),
-        orientation=message("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w),
-    )
+    """Segments of one image as SegmentArray; see `picopose_ros.messages.build.segments_message`."""
+    return build.segments_message(message, segments, head, height, width)
 
 
 def transform_message(T: np.ndarray, head: Any, child_frame_id: str) -> Any:
     """A transform (4, 4) in metres from a header's frame to a child frame, as TransformStamped."""
-    pose = pose_message(T)
-    return message(
-        "geometry_msgs/msg/TransformStamped",
-        header=head,
-        child_frame_id=child_frame_id,
-        transform=message(
-            "geometry_msgs/msg/Transform",
-            translation=message("geometry_msgs/msg/Vector3", **_xyz(T[:3, 3])),
-            rotation=pose.orientation,
-        ),
-    )
+    return build.transform_message(message, T, head, child_frame_id)
 
 
 def matrix_from(translation: Any, rotation: Any) -> np.ndarray:
@@ -436,51 +428,3 @@ def matrix_from(translation: Any, rotation: Any) -> np.ndarray:
     T[:3, :3] = Rotation.from_quat([rotation.x, rotation.y, rotation.z, rotation.w]).as_matrix()
     T[:3, 3] = translation.x, translation.y, translation.z
     return T
-
-
-def detection_message(
-    class_id: str,
-    name: str,
-    score: float,
-    T_cam_obj: np.ndarray,
-    covariance: np.ndarray,
-    bbox_centre: np.ndarray,
-    bbox_size: np.ndarray,
-    head: Any,
-) -> Any:
-    """One pose as Detection3D: ``results[0].pose`` is the mesh's origin, ``bbox.center`` the middle of its
-    box.
-
-    Args:
-        class_id: of the object.
-        name: of the instance.
-        score: 0..1.
-        T_cam_obj: (4, 4), metres.
-        covariance: (6, 6) in ROS's order.
-        bbox_centre: (3,) in the object's frame, metres.
-        bbox_size: (3,) metres.
-        head: the image's header.
-    """
-    pose = message(
-        "geometry_msgs/msg/PoseWithCovariance",
-        pose=pose_message(T_cam_obj),
-        covariance=np.asarray(covariance, np.float64).reshape(36),
-    )
-    hypothesis = message("vision_msgs/msg/ObjectHypothesis", class_id=class_id, score=float(score))
-    box = T_cam_obj.copy()
-    box[:3, 3] += box[:3, :3] @ bbox_centre
-    return message(
-        "vision_msgs/msg/Detection3D",
-        header=head,
-        results=[message("vision_msgs/msg/ObjectHypothesisWithPose", hypothesis=hypothesis, pose=pose)],
-        bbox=message(
-            "vision_msgs/msg/BoundingBox3D",
-            center=pose_message(box),
-            size=message("geometry_msgs/msg/Vector3", **_xyz(bbox_size)),
-        ),
-        id=name,
-    )
-
-
-def _xyz(vector: np.ndarray) -> dict[str, float]:
-    return {axis: float(value) for axis, value in zip("xyz", vector, strict=True)}

@@ -4,6 +4,7 @@ will do."""
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import cv2
@@ -22,28 +23,54 @@ _CHANNELS = {
     "bayer_gbrg8": 1,
     "bayer_grbg8": 1,
 }
+_WIDE_CHANNELS = {
+    name.removesuffix("8") + "16": count for name, count in _CHANNELS.items()
+}  # 16 bits per value
 
 # ROS names a Bayer pattern by its first row's first two pixels; OpenCV by the second row's second and third.
 _BAYER_CODES = {
-    "bayer_rggb8": cv2.COLOR_BayerBG2RGB,
-    "bayer_bggr8": cv2.COLOR_BayerRG2RGB,
-    "bayer_gbrg8": cv2.COLOR_BayerGR2RGB,
-    "bayer_grbg8": cv2.COLOR_BayerGB2RGB,
+    "bayer_rggb": cv2.COLOR_BayerBG2RGB,
+    "bayer_bggr": cv2.COLOR_BayerRG2RGB,
+    "bayer_gbrg": cv2.COLOR_BayerGR2RGB,
+    "bayer_grbg": cv2.COLOR_BayerGB2RGB,
 }
 
-NATIVE_ENCODINGS = (*_CHANNELS, "mono16")
+NATIVE_ENCODINGS = (*_CHANNELS, *_WIDE_CHANNELS)
 """Encodings that are converted here; anything else goes through cv_bridge where it is installed."""
 
+_DEPTHS = (8, 10, 12, 14, 16)
 
-def image_to_rgb(message: Any, topic: str) -> np.ndarray:
+
+class BitDepth:
+    """How many bits of 16 a camera uses: sensors of 10, 12 or 14 bits mostly leave the highest ones zero.
+
+    That is known from the values alone, so it is the smallest usual depth that holds all that were seen. One
+    such object is shared by the images of one camera, so that their brightness doesn't depend on the scene.
+
+    Attributes:
+        bits: 8, 10, 12, 14 or 16.
+    """
+
+    def __init__(self) -> None:
+        self.bits = _DEPTHS[0]
+
+    def to_8_bits(self, pixels: np.ndarray) -> np.ndarray:
+        """16-bit pixels of any shape as uint8, scaled by the depth that these and earlier ones have."""
+        needed = int(pixels.max(initial=0)).bit_length()
+        self.bits = max(self.bits, next(depth for depth in _DEPTHS if depth >= needed))
+        return (pixels >> (self.bits - 8)).astype(np.uint8)
+
+
+def image_to_rgb(message: Any, topic: str, depth: BitDepth | None = None) -> np.ndarray:
     """Pixels of an Image message as RGB.
 
-    Every encoding but the Bayer ones gives a view of the message's data, possibly with strides; nothing is
-    copied.
+    Encodings of 8 bits, but for the Bayer ones, give a view of the message's data, possibly with strides;
+    nothing is copied.
 
     Args:
         message: a ``sensor_msgs/Image``.
         topic: where it came from, for the error messages.
+        depth: of the camera's 16-bit images so far; None to know of this image alone.
 
     Returns:
         (H, W, 3) uint8, not writeable where it is a view of the message.
@@ -54,57 +81,84 @@ def image_to_rgb(message: Any, topic: str) -> np.ndarray:
     encoding, height, width = message.encoding, int(message.height), int(message.width)
     if height == 0 or width == 0:
         raise ImageError(f"image on {topic} has {width}x{height} pixels: check the camera driver")
-    if encoding == "mono16":
-        pairs = _rows(message, topic, 2).reshape(height, width, 2)
-        high_byte = pairs[:, :, 0 if message.is_bigendian else 1]
-        return np.broadcast_to(high_byte[:, :, None], (height, width, 3))
-    if encoding not in _CHANNELS:
+    if encoding in _WIDE_CHANNELS:
+        channels = _WIDE_CHANNELS[encoding]
+        rows = np.ascontiguousarray(_rows(message, topic, 2 * channels))
+        wide = rows.view(">u2" if message.is_bigendian else "<u2")
+        pixels = (depth or BitDepth()).to_8_bits(wide).reshape(height, width, channels)
+    elif encoding in _CHANNELS:
+        channels = _CHANNELS[encoding]
+        pixels = _rows(message, topic, channels).reshape(height, width, channels)
+    else:
         return _through_cv_bridge(message, topic)
 
-    channels = _CHANNELS[encoding]
-    pixels = _rows(message, topic, channels).reshape(height, width, channels)
-    if encoding in _BAYER_CODES:
+    if encoding.startswith("bayer"):
         if height < 2 or width < 2:
             raise ImageError(f"image on {topic} has {width}x{height} pixels, too few for a Bayer pattern")
-        return cv2.cvtColor(np.ascontiguousarray(pixels[:, :, 0]), _BAYER_CODES[encoding])
-    if encoding == "mono8":
+        return cv2.cvtColor(np.ascontiguousarray(pixels[:, :, 0]), _bayer_code(encoding))
+    if channels == 1:
         return np.broadcast_to(pixels, (height, width, 3))
     if encoding.startswith("bgr"):
         return pixels[:, :, 2::-1]
     return pixels[:, :, :3]
 
 
-def compressed_to_rgb(message: Any, topic: str) -> np.ndarray:
+def compressed_to_rgb(message: Any, topic: str, depth: BitDepth | None = None) -> np.ndarray:
     """Pixels of a CompressedImage message as RGB.
 
     Args:
-        message: a ``sensor_msgs/CompressedImage``: JPEG, PNG or whatever else OpenCV reads. ``format`` isn't
-            needed, but that the pixels are a Bayer pattern is known only from it.
+        message: a ``sensor_msgs/CompressedImage``: JPEG, PNG or whatever else OpenCV reads. What ``format``
+            says before its semicolon is the encoding of the pixels; without it, a Bayer pattern is grey.
         topic: where it came from, for the error messages.
+        depth: as for :func:`image_to_rgb`.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ImageError: the data is no image, or one of depth.
+        ImageError: the data is no image, or one of depth: of another type than 8-bit or 16-bit colours, or
+            16-bit grey that ``format`` doesn't call a colour encoding.
     """
-    if "compressedDepth" in message.format:
+    encoding = message.format.split(";")[0].strip()
+    said = encoding in _CHANNELS or encoding in _WIDE_CHANNELS
+    if "compressedDepth" in message.format or _DEPTH_ENCODING.fullmatch(encoding):
         raise ImageError(f"image on {topic} has format '{message.format}': depth; give the colour image")
-    bayer = _BAYER_CODES.get(message.format.split(";")[0].strip())
     data = np.frombuffer(message.data, dtype=np.uint8)
-    # As the camera saw it, whatever EXIF says: camera_info and masks know nothing of that.
-    flags = cv2.IMREAD_COLOR if bayer is None else cv2.IMREAD_GRAYSCALE
     try:
-        pixels = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
-        if pixels is not None:
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if bayer is None else bayer)
+        # As it is, whatever EXIF says: camera_info and masks know nothing of that.
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
         reason = "it is no whole image of a known kind"
     except cv2.error as error:
-        reason = error.err or str(error)
-    raise ImageError(
-        f"compressed image on {topic} (format '{message.format}', {data.size} bytes) can't be decoded "
-        f"({reason}): check the camera driver or the transport"
-    )
+        pixels, reason = None, error.err or str(error)
+    if pixels is None:
+        raise ImageError(
+            f"compressed image on {topic} (format '{message.format}', {data.size} bytes) can't be decoded "
+            f"({reason}): check the camera driver or the transport"
+        )
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if pixels.dtype == np.uint16 and (said or channels >= 3):
+        pixels = (depth or BitDepth()).to_8_bits(pixels)
+    if pixels.dtype != np.uint8:
+        raise ImageError(
+            f"compressed image on {topic} (format '{message.format}') holds {channels} channel"
+            f"{'s' * (channels > 1)} of {pixels.dtype}: that is depth; give the colour image, or if it "
+            "is one, name its encoding in the format, as in 'mono16; png compressed'"
+        )
+    if encoding.startswith("bayer") and said and channels == 1:
+        return cv2.cvtColor(pixels, _bayer_code(encoding))
+    if channels <= 2:
+        return cv2.cvtColor(
+            np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1)[:, :, 0]), cv2.COLOR_GRAY2RGB
+        )
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGRA2RGB)
+
+
+_DEPTH_ENCODING = re.compile(r"(16|32|64)[USF]C\d+|8SC\d+")
+"""OpenCV's names of types that no colour image has."""
+
+
+def _bayer_code(encoding: str) -> int:
+    return _BAYER_CODES[encoding.rstrip("0123456789")]
 
 
 def _rows(message: Any, topic: str, bytes_per_pixel: int) -> np.ndarray:

@@ -54,10 +54,14 @@ def main(args: Sequence[str] | None = None) -> int:
     from picopose_ros.errors import PicoPoseError
     from picopose_ros.node.node import PicoPoseNode
 
-    rclpy.init(
-        args=None if args is None else ["picopose_node", *args],
-        signal_handler_options=SignalHandlerOptions.NO,
-    )
+    try:
+        rclpy.init(
+            args=None if args is None else ["picopose_node", *args],
+            signal_handler_options=SignalHandlerOptions.NO,
+        )
+    except Exception as error:  # noqa: BLE001 (rcl's own types; e.g. no such parameter file)
+        print(f"picopose_node: the command line can't be used: {error}", file=sys.stderr)
+        return 1
     try:
         node = PicoPoseNode()
     except PicoPoseError as error:

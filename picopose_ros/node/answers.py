@@ -5,28 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rclpy.node import Node
 from sensor_msgs.msg import Image
-from std_msgs.msg import Header
+from std_msgs.msg import Header, String
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import MarkerArray
 
 from picopose_ros.errors import MeshError, RenderError
 from picopose_ros.estimator import ObjectPose
+from picopose_ros.geometry.motion import CameraMotion
 from picopose_ros.instances import InstanceTracker, TrackedPose
 from picopose_ros.instances.overlay import OverlayPainter
-from picopose_ros.node.conversions import (
-    detections_message,
-    image_from_rgb,
-    pose_in_frame,
-    transform_from_pose,
-)
+from picopose_ros.messages.answers import image_frame_problem, transforms
+from picopose_ros.messages.build import pose_in_frame, symmetries_text
+from picopose_ros.messages.frames import Frame
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.node.conversions import detections_message, image_from_rgb, make
 from picopose_ros.node.diagnostics import Latencies
-from picopose_ros.node.drops import DropLog, DropReason
-from picopose_ros.node.frames import Frame
+from picopose_ros.node.drops import DropLog
 from picopose_ros.node.markers import MeshResource, clearing_markers, marker_array, mesh_resources
 from picopose_ros.node.objects import ObjectSet
 from picopose_ros.node.pairing import Pair
@@ -68,6 +66,7 @@ class Answers:
         self._painter: OverlayPainter | None = None
         self._mesh_resources: dict[str, MeshResource] = {}
         self._epoch = 0
+        self._motion = CameraMotion()
         # Shared by the worker and the executor's threads.
         self._lock = threading.Lock()
         self._tracker: InstanceTracker | None = None
@@ -95,6 +94,10 @@ class Answers:
             ("markers", MarkerArray, "markers", 10),
             ("overlay", Image, "overlay", 1),
         ]
+        # Whoever comes later gets the last one, as with robot_description.
+        self._outputs["symmetries"] = OutputPublisher(
+            self._node, String, "object_symmetries", 1, managed=False, latched=True
+        )
         if self._broadcaster is None:
             kinds.append(("tf", TFMessage, "/tf", 100))
         if p.target_frame:
@@ -119,6 +122,7 @@ class Answers:
     def use_objects(self, objects: ObjectSet) -> None:
         """From now on these are the objects."""
         self._specs = objects.specs
+        self._outputs["symmetries"].publish(String(data=symmetries_text(objects.specs)))
         with self._lock:
             self._tracker.set_symmetries({name: spec.symmetries for name, spec in objects.specs.items()})
         try:
@@ -152,6 +156,7 @@ class Answers:
             self._tracker.clear()
             self._tracker.retired()
             self._last_answer = None
+            self._motion.clear()
         self.clear_markers()
 
     def clear_markers(self) -> None:
@@ -160,26 +165,37 @@ class Answers:
         self._outputs["markers"].publish(clearing_markers(header))
 
     def publish(
-        self, poses: list[ObjectPose], pair: Pair, p: NodeParameters, tracked_ids: Sequence[str] | None = None
+        self,
+        poses: list[ObjectPose],
+        pair: Pair,
+        p: NodeParameters,
+        tracked_ids: Sequence[str] | None = None,
+        spent: float = 0.0,
     ) -> tuple[list[TrackedPose], list[str]]:
         """Publish the poses of an image; returns them with their names, and names that are no more.
 
-        ``tracked_ids``: per pose what its detector calls the instance, see `InstanceTracker.update`.
+        Args:
+            poses: of the image. pair: the image. p: the node's parameters.
+            tracked_ids: per pose what its detector calls the instance, see `InstanceTracker.update`.
+            spent: seconds that the estimate took.
         """
         header: Header = pair.image.header
         T_target_cam = None
-        in_tf = self._fit_for_tf(header, poses, p)
-        if self._target is not None and in_tf:
+        if self._target is not None and image_frame_problem(header.frame_id, self._image_topic) is None:
             try:
-                T_target_cam = self._target.lookup(header)
+                T_target_cam = self._target.lookup(header, spent)
             except TransformUnknown as error:
                 self._drops.record(DropReason.NO_TRANSFORM, str(error))
         stamp = pair.stamp * 1e-9
         with self._lock:
             if pair.epoch != self._epoch:
                 self._tracker.clear()
+                self._motion.clear()
                 self._epoch = pair.epoch
-            tracked = self._tracker.update(stamp, poses, T_target_cam, tracked_ids)
+            if T_target_cam is not None:
+                self._motion.know(stamp, T_target_cam)
+            # An image whose transform is late is named as if the camera had moved on as before.
+            tracked = self._tracker.update(stamp, poses, self._motion.at(stamp), tracked_ids)
             retired = self._tracker.retired()
             self._last_answer = stamp, time.monotonic(), header
         names, poses = [one.name for one in tracked], [one.pose for one in tracked]
@@ -188,8 +204,11 @@ class Answers:
             there = [pose_in_frame(pose, T_target_cam) for pose in poses]
             target_header = Header(stamp=header.stamp, frame_id=self._target.name)
             self._outputs["target"].publish(detections_message(there, names, target_header))
-        if p.publish_tf and poses and in_tf:
-            self._send_transforms([self._transform(one, header, p.tf_prefix) for one in tracked])
+        if p.publish_tf:
+            self._send_transforms(tracked, header, p.tf_prefix)
+        elif p.target_frame and poses:
+            problem = image_frame_problem(header.frame_id, self._image_topic)
+            self._drops.report(*([problem] if problem else []))
         self.frames += 1
         self.poses += len(poses)
         return tracked, retired
@@ -230,26 +249,12 @@ class Answers:
         if retired:
             markers.publish(marker_array([], retired, header, self._mesh_resources))
 
-    def _fit_for_tf(self, header: Header, poses: list[ObjectPose], p: NodeParameters) -> bool:
-        """Whether an image's frame can be one of TF's; told if it should be and can't."""
-        fit = bool(header.frame_id) and not header.frame_id.startswith("/")
-        if not fit and poses and (p.publish_tf or p.target_frame):
-            self._drops.record(
-                DropReason.BAD_FRAME_ID,
-                f"images on {self._image_topic} have frame_id '{header.frame_id}', which can't be a "
-                "TF parent: set it in the camera driver, without a leading slash",
-            )
-        return fit
-
-    def _transform(self, one: TrackedPose, header: Header, prefix: str) -> Any:
-        """The TF frame of an instance: named by the object's frame_id, if objects.yaml gives it one."""
-        class_id = one.pose.class_id
-        spec = self._specs.get(class_id)
-        name = (spec.frame_id if spec is not None else None) or class_id
-        return transform_from_pose(one.pose, name + one.name.removeprefix(class_id), header, prefix)
-
-    def _send_transforms(self, transforms: list[Any]) -> None:
+    def _send_transforms(self, tracked: list[TrackedPose], header: Header, prefix: str) -> None:
+        made, problems = transforms(make, tracked, header, self._image_topic, self._specs, prefix)
+        self._drops.report(*problems)
+        if not made:
+            return
         if self._broadcaster is not None:
-            self._broadcaster.sendTransform(transforms)
+            self._broadcaster.sendTransform(made)
         else:
-            self._outputs["tf"].publish(TFMessage(transforms=transforms))
+            self._outputs["tf"].publish(TFMessage(transforms=made))

@@ -15,7 +15,8 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
-from picopose_ros.node.drops import DropCount, DropReason
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.node.drops import DropCount
 
 
 class Latencies:

@@ -1,4 +1,4 @@
-"""Why something was not published: a closed list of reasons, counted, and logged without flooding."""
+"""What was not published and why: counted by reason, and logged without flooding."""
 
 from __future__ import annotations
 
@@ -8,36 +8,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-
-class DropReason(str, Enum):
-    """One value per thing that can keep a segmentation, or one of its segments, from becoming a pose.
-
-    The values are the keys of the counters in ``/diagnostics`` and the words in brackets in the log.
-    """
-
-    NO_IMAGE = "no_image"
-    IMAGE_LEFT_BUFFER = "image_left_buffer"
-    NO_CAMERA_INFO = "no_camera_info"
-    INCOMPLETE_SEGMENTATION = "incomplete_segmentation"
-    CLEARED = "cleared"
-    BUSY = "busy"
-    BAD_IMAGE = "bad_image"
-    UNCALIBRATED = "uncalibrated"
-    BAD_CAMERA_INFO = "bad_camera_info"
-    BAD_SEGMENT = "bad_segment"
-    MASK_SIZE = "mask_size"
-    EMPTY_MASK = "empty_mask"
-    SMALL_MASK = "small_mask"
-    UNKNOWN_CLASS = "unknown_class"
-    NO_POSE = "no_pose"
-    LOW_SCORE = "low_score"
-    BAD_FRAME_ID = "bad_frame_id"
-    NO_TRANSFORM = "no_transform"
-    NO_OVERLAY = "no_overlay"
-    INTERNAL_ERROR = "internal_error"
+from picopose_ros.messages.reasons import DropReason, Problem
 
 
 @dataclass(frozen=True)
@@ -94,6 +67,11 @@ class DropLog:
         if due:
             more = f" ({earlier} more like it since the last line)" if earlier else ""
             self._log(f"[{reason.value}] {message}{more}")
+
+    def report(self, *problems: Problem) -> None:
+        """Count problems."""
+        for problem in problems:
+            self.record(problem.reason, problem.message)
 
     def record_crash(self, error: Exception) -> None:
         """Count an error that nobody expected."""

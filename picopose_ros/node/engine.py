@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.estimator import EstimateResult, EstimatorSettings, ObjectPose, PoseEstimator
+from picopose_ros.estimator import EstimateResult, EstimatorSettings, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.messages.answers import Judged, judge
 from picopose_ros.model import PicoPose, load_model
-from picopose_ros.node.drops import DropReason
 from picopose_ros.node.objects import MeshFolder, ObjectSet, Progress
 from picopose_ros.node.parameters import NodeParameters
 from picopose_ros.segmentation import Segment
@@ -34,19 +34,6 @@ def resolve_device(name: str) -> str:
             f"parameter device is '{name}', which can't be used here ({reason}): try cpu"
         ) from error
     return name
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What is to be published of an estimate, and what not.
-
-    Attributes:
-        poses: in the order of the segments.
-        dropped: (reason, message) of each segment without one.
-    """
-
-    poses: list[ObjectPose]
-    dropped: list[tuple[DropReason, str]]
 
 
 class Engine:
@@ -134,34 +121,8 @@ class Engine:
 
     def judge(self, result: EstimateResult, segments: Sequence[Segment], min_score: float) -> Judged:
         """Sort out what is good enough to be published. ``segments``: those of the estimate."""
-        dropped = [
-            (
-                self._kind_of_skip(segments[index]),
-                f"segment '{segments[index].class_id}' gave no pose: {reason}",
-            )
-            for index, reason in result.skipped
-        ]
-        poses = []
-        for pose in result.poses:
-            if pose.confidence >= min_score:
-                poses.append(pose)
-            elif pose.source == "affine":
-                dropped.append(
-                    (
-                        DropReason.NO_POSE,
-                        f"PnP found no pose of '{pose.class_id}' that enough correspondences agree with; the "
-                        f"coarse one has score {pose.confidence:.2f}, below min_score {min_score:g}",
-                    )
-                )
-            else:
-                dropped.append(
-                    (
-                        DropReason.LOW_SCORE,
-                        f"a pose of '{pose.class_id}' has score {pose.confidence:.2f}, below min_score "
-                        f"{min_score:g}",
-                    )
-                )
-        return Judged(poses, dropped)
+        least = self._estimator.settings.min_mask_pixels
+        return judge(result, segments, min_score, least, lambda name: self.objects.class_of(name) is not None)
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -169,13 +130,6 @@ class Engine:
         self.objects = ObjectSet()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-    def _kind_of_skip(self, segment: Segment) -> DropReason:
-        """What the estimator's reason for skipping a segment comes down to."""
-        if np.count_nonzero(segment.mask) < self._estimator.settings.min_mask_pixels:
-            return DropReason.SMALL_MASK
-        known = self.objects.class_of(segment.class_id) is not None
-        return DropReason.NO_POSE if known else DropReason.UNKNOWN_CLASS
 
     def _warm_up(self) -> None:
         """One frame that means nothing: allocations and lazy set-up are done before the first real one."""

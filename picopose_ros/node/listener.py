@@ -13,9 +13,10 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from vision_msgs.msg import Detection2DArray
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.messages.detections import yolo_message_type
+from picopose_ros.messages.reasons import no_stamp
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.conversions import stamp_to_nanoseconds
-from picopose_ros.node.detections import yolo_message_type
 from picopose_ros.node.diagnostics import Latencies
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.pairing import HalfJoin, Pair, PairingCounts, StampPairing
@@ -203,14 +204,18 @@ class Listener:
             self._subscriptions.append(subscription)
 
     def _on_image(self, message: Image | CompressedImage, info: Mapping[str, Any]) -> None:
-        self._pair(lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
+        self._pair("image", lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
 
     def _on_camera_info(self, message: CameraInfo, info: Mapping[str, Any]) -> None:
-        self._pair(lambda pairing, stamp, now: pairing.add_camera_info(stamp, message, now), message)
+        self._pair(
+            "camera_info", lambda pairing, stamp, now: pairing.add_camera_info(stamp, message, now), message
+        )
 
     def _on_segmentation(self, message: SegmentArray | Image, info: Mapping[str, Any]) -> None:
         self._note_receipt(info)
-        self._pair(lambda pairing, stamp, now: pairing.add_segmentation(stamp, message, now), message)
+        self._pair(
+            "segmentation", lambda pairing, stamp, now: pairing.add_segmentation(stamp, message, now), message
+        )
 
     def _on_half(self, half: int, message: Detection2DArray | Image, info: Mapping[str, Any]) -> None:
         self._note_receipt(info)
@@ -219,7 +224,7 @@ class Listener:
             both = self._halves.add(half, stamp, message, now)
             return [] if both is None else pairing.add_segmentation(stamp, both, now)
 
-        self._pair(add, message)
+        self._pair("labels" if half else "segmentation", add, message)
 
     def _note_receipt(self, info: Mapping[str, Any]) -> None:
         """How long a segmentation lay between the middleware and this node."""
@@ -227,12 +232,19 @@ class Listener:
         if received:  # not every middleware tells; the clock may have been set meanwhile
             self._latencies.record({"receive": max(time.time_ns() - received, 0) / 1e6})
 
-    def _pair(self, add: Callable[[StampPairing, int, float], list[Pair]], message: Any) -> None:
+    def _pair(self, name: str, add: Callable[[StampPairing, int, float], list[Pair]], message: Any) -> None:
         with self._lock:
             # A message may have been taken before its subscription was destroyed.
-            if self._subscriptions:
-                stamp = stamp_to_nanoseconds(message.header.stamp)
-                self._hand_over(add(self._pairing, stamp, time.monotonic()))
+            if not self._subscriptions:
+                return
+            stamp = stamp_to_nanoseconds(message.header.stamp)
+            # A camera_info that is published once needs no stamp.
+            if stamp <= 0 and name != "camera_info":
+                self.counts.images += name == "image"
+                self.counts.segmentations += name == "segmentation"
+                self._drops.report(no_stamp(name, self.topics[name]))
+                return
+            self._hand_over(add(self._pairing, stamp, time.monotonic()))
 
     def _hand_over(self, pairs: list[Pair]) -> None:
         for pair in pairs:

@@ -12,17 +12,21 @@ from rclpy.parameter import Parameter
 from std_srvs.srv import Trigger
 
 from picopose_ros.geometry.cameras import is_rectified_topic
+from picopose_ros.messages.frames import FrameReader, FrameRefused
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.messages.segmentations import segment_reader
 from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message, memory_use
-from picopose_ros.node.drops import DropLog, DropReason
+from picopose_ros.node.drops import DropLog
 from picopose_ros.node.engine import Engine
-from picopose_ros.node.frames import FrameRefused, ReadSegments, read_frame, segment_reader
 from picopose_ros.node.lifecycle import LoadingInterrupted, ManagedNode
 from picopose_ros.node.listener import Listener
 from picopose_ros.node.logs import RosLogHandler
+from picopose_ros.node.memory import give_back
 from picopose_ros.node.objects import ObjectSet
 from picopose_ros.node.pairing import Pair, format_stamp
 from picopose_ros.node.parameters import (
+    as_declared,
     declare_parameters,
     judge_parameters,
     read_parameters,
@@ -52,7 +56,7 @@ class PicoPoseNode(ManagedNode):
     Whoever sees the input subscriptions on the graph knows that the node is active.
 
     One image takes this way: ``Listener`` pairs it with its segmentation, ``NewestWorker`` takes the newest
-    pair, ``read_frame`` decodes it, ``Engine`` estimates the poses, ``Answers`` names and publishes them.
+    pair, ``FrameReader`` decodes it, ``Engine`` estimates the poses, ``Answers`` names and publishes them.
 
     Raises:
         ConfigError: a parameter that can't be used.
@@ -70,13 +74,13 @@ class PicoPoseNode(ManagedNode):
         self._latencies = Latencies()
         self._listener = Listener(self, self._drops, self._latencies, self._submit)
         self._answers = Answers(self, self._drops, self._latencies)
+        self.add_pre_set_parameters_callback(as_declared)
         self.add_on_set_parameters_callback(lambda some: judge_parameters(some, self.state))
         self.add_post_set_parameters_callback(self._on_parameters_set)
         # Made by configure, gone after cleanup.
         self._engine: Engine | None = None
         self._worker: NewestWorker[Pair] | None = None
-        self._read_segments: ReadSegments | None = None
-        self._rectified = False
+        self._reader: FrameReader | None = None
         # For those who ask while it happens.
         self._progress = ""
         self._loaded = ""
@@ -115,10 +119,11 @@ class PicoPoseNode(ManagedNode):
         require_tf2_ros(p.target_frame)
         self._listener.prepare(p)
         topics = self._listener.topics
-        self._rectified = p.image_rectified == "yes" or (
+        rectified = p.image_rectified == "yes" or (
             p.image_rectified == "auto" and is_rectified_topic(topics["image"])
         )
-        self._read_segments = segment_reader(p.segmentation_input, p.mask_class, topics)
+        read_segments = segment_reader(p.segmentation_input, p.mask_class, topics)
+        self._reader = FrameReader(topics, read_segments, rectified)
         self.get_logger().info(f"configuration:\n{p.text()}")
         engine = self._engine = Engine(p)
         self.get_logger().info(f"loading {p.preset} on {engine.device} and the objects in {p.mesh_dir}")
@@ -181,8 +186,10 @@ class PicoPoseNode(ManagedNode):
         if engine is not None and self._finished:
             engine.close()
         self._answers.close()
-        self._worker = self._engine = None
+        self._worker = self._engine = self._reader = None
         self._progress = ""
+        del worker, engine  # the last that hold network and banks
+        give_back()
 
     def interrupt(self) -> None:
         """Have a configuration that is under way end soon."""
@@ -288,7 +295,7 @@ class PicoPoseNode(ManagedNode):
             return response
         self._serving.add("estimate_poses")
         try:
-            return estimate_poses(request, response, engine, worker, self._settings, self._rectified)
+            return estimate_poses(request, response, engine, worker, self._settings, self._reader.rectified)
         except Exception as error:  # noqa: BLE001 (whoever asks must get an answer)
             self._drops.record_crash(error)
             response.success, response.status = False, f"unexpected error: {error}"
@@ -304,6 +311,7 @@ class PicoPoseNode(ManagedNode):
         self._serving.add("reload_objects")
         try:
             reload_objects(response, engine, worker, self._on_progress, self._use_objects)
+            give_back()
         except LoadingInterrupted:
             response.message = "nothing changed: the node was cleaned up or shut down meanwhile"
         except Exception as error:  # noqa: BLE001 (whoever asks must get an answer)
@@ -332,27 +340,18 @@ class PicoPoseNode(ManagedNode):
         started = time.monotonic()
         p, engine = self._settings, self._engine
         try:
-            frame = read_frame(
-                pair.image,
-                pair.camera_info,
-                pair.segmentation,
-                self._read_segments,
-                self._listener.topics,
-                self._rectified,
-            )
+            frame = self._reader.read(pair.image, pair.camera_info, pair.segmentation)
         except FrameRefused as refused:
             self._drops.record(refused.reason, str(refused))
             return
-        for problem in frame.bad:
-            self._drops.record(problem.reason, problem.message)
+        self._drops.report(*frame.bad)
         before = time.monotonic()
         result = engine.estimate(frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune)
         judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
-        for reason, message in judged.dropped:
-            self._drops.record(reason, message)
+        self._drops.report(*judged.dropped)
         tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
-        tracked, retired = self._answers.publish(judged.poses, pair, p, tracked_ids)
+        tracked, retired = self._answers.publish(judged.poses, pair, p, tracked_ids, after - before)
         done = time.monotonic()
         self._latencies.record(
             {

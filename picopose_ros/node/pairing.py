@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from picopose_ros.node.drops import DropReason
+from picopose_ros.messages.reasons import DropReason
 
 MAX_PENDING = 64
 """Segmentations that may wait for their image at once; more means that no image will come."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -22,7 +23,9 @@ from rclpy.parameter import Parameter
 from picopose_ros.errors import ConfigError, MeshError
 from picopose_ros.estimator import Precision
 from picopose_ros.instances import SmoothingSettings
+from picopose_ros.messages.answers import MIN_SCORE
 from picopose_ros.templates.meshes import resolve_path
+from picopose_ros.tf_names import prefix_refusal
 
 
 class Changeable(Enum):
@@ -91,10 +94,6 @@ def _unknown_place(value: str) -> str:
     except MeshError as error:
         return str(error)
     return ""
-
-
-def _no_leading_slash(value: str) -> str:
-    return "TF frames have no leading slash: leave it out" if value.startswith("/") else ""
 
 
 PARAMETERS: tuple[ParameterSpec, ...] = (
@@ -177,7 +176,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ),
     ParameterSpec(
         "min_score",
-        0.2,
+        MIN_SCORE,
         "Poses with a lower score are not published; wrong ones mostly stay below 0.2.",
         minimum=0.0,
         maximum=1.0,
@@ -288,14 +287,14 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "tf_prefix",
         "",
         "Put before the instance's name to make its TF frame, e.g. 'left_camera/'.",
-        check=_no_leading_slash,
+        check=prefix_refusal,
     ),
     ParameterSpec(
         "target_frame",
         "",
         "Frame in which the poses are published too, on detections_in_target_frame, e.g. 'base_link'; found "
         "by TF at the image's stamp. Empty: not. Needs tf2_ros.",
-        check=_no_leading_slash,
+        check=prefix_refusal,
     ),
 )
 
@@ -375,6 +374,9 @@ class NodeParameters:
         return "\n".join(lines)
 
 
+_ROS_PARAMETERS = ("qos_overrides.", "use_sim_time", "start_type_description_service")
+"""What rclpy itself, or a topic, declares."""
+
 _PATHS = ("mesh_dir", "weights", "cache_dir")
 
 
@@ -382,12 +384,41 @@ def _field(spec: ParameterSpec) -> str:
     return spec.name.replace(".", "_")
 
 
+def as_declared(parameters: Sequence[Parameter[Any]]) -> list[Parameter[Any]]:
+    """The parameters, with whole numbers made real ones where the parameter is one: ``min_score: 0``."""
+    return [
+        Parameter(one.name, Parameter.Type.DOUBLE, float(one.value))
+        if one.type_ == Parameter.Type.INTEGER
+        and one.name in SPECS
+        and isinstance(SPECS[one.name].default, float)
+        else one
+        for one in parameters
+    ]
+
+
+def unknown_parameters(names: Iterable[str]) -> list[str]:
+    """What is to be said of names that no parameter of this node has, one sentence each."""
+    said = []
+    for name in sorted(names):
+        if name in SPECS or name.startswith(_ROS_PARAMETERS):
+            continue
+        close = difflib.get_close_matches(name, SPECS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`ros2 param list` shows those there are"
+        said.append(f"there is no parameter {name}, so its value is not used: {hint}")
+    return said
+
+
 def declare_parameters(node: Node) -> None:
-    """Declare every parameter on ``node``.
+    """Declare every parameter on ``node``; warns of given ones that there are not.
 
     Raises:
         ConfigError: a value of the wrong type, out of range or not among the choices.
     """
+    # Not public, but the only place that holds what was given and never declared.
+    given: dict[str, Parameter[Any]] = node._parameter_overrides
+    for sentence in unknown_parameters(given):
+        node.get_logger().warning(sentence)
+    given.update({one.name: one for one in as_declared(list(given.values()))})
     for spec in PARAMETERS:
         try:
             value = node.declare_parameter(spec.name, spec.default, spec.descriptor()).value

@@ -11,10 +11,10 @@ from typing import Any
 from std_srvs.srv import Trigger
 
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.messages.frames import FrameReader, FrameRefused
+from picopose_ros.messages.segmentations import segment_reader
 from picopose_ros.node.conversions import detections_message
-from picopose_ros.node.drops import DropReason
 from picopose_ros.node.engine import Engine
-from picopose_ros.node.frames import FrameRefused, read_frame, segment_reader
 from picopose_ros.node.objects import ObjectSet, Progress, describe_change
 from picopose_ros.node.parameters import SPECS, NodeParameters
 from picopose_ros.node.worker import NewestWorker
@@ -53,11 +53,9 @@ def estimate_poses(
         response.status = f"class_ids has '{unknown[0]}', but the objects are {known}"
         return response
     wanted = {engine.objects.class_of(name) for name in request.class_ids}
-    read_segments = segment_reader("segments", "", REQUEST_TOPICS)
+    reader = FrameReader(REQUEST_TOPICS, segment_reader("segments", "", REQUEST_TOPICS), rectified)
     try:
-        frame = read_frame(
-            request.image, request.camera_info, request.segments, read_segments, REQUEST_TOPICS, rectified
-        )
+        frame = reader.read(request.image, request.camera_info, request.segments)
     except FrameRefused as refused:
         response.status = f"[{refused.reason.value}] {refused}"
         return response
@@ -82,10 +80,11 @@ def estimate_poses(
         numbers[pose.class_id] += 1
     response.success = True
     response.detections = detections_message(judged.poses, names, request.image.header)
-    problems: list[tuple[DropReason, str]] = [(b.reason, b.message) for b in frame.bad] + judged.dropped
     looked = len(segments) + len(frame.bad)
     response.status = f"{len(judged.poses)} poses of {looked} segments"
-    response.status += "".join(f"; [{reason.value}] {message}" for reason, message in problems)
+    response.status += "".join(
+        f"; [{problem.reason.value}] {problem.message}" for problem in [*frame.bad, *judged.dropped]
+    )
     timings = {"decode": 1e3 * (decoded - started), "queue": 1e3 * (begun - decoded), **result.timings}
     timings["total"] = 1e3 * (time.monotonic() - started)
     response.stages = list(timings)

@@ -14,6 +14,7 @@ from rclpy.lifecycle import LifecycleNode
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import (
+    DurabilityPolicy,
     LivelinessPolicy,
     QoSCompatibility,
     QoSPolicyKind,
@@ -176,16 +177,25 @@ class OutputPublisher:
         topic: name, remapped as usual.
         depth: messages that are kept for slow subscribers.
         managed: it publishes only while the node is active.
+        latched: whoever subscribes later gets the last message (transient local).
 
     Raises:
         ConfigError: a QoS override that can't be used.
     """
 
     def __init__(
-        self, node: LifecycleNode, message_type: type, topic: str, depth: int, managed: bool = True
+        self,
+        node: LifecycleNode,
+        message_type: type,
+        topic: str,
+        depth: int,
+        managed: bool = True,
+        latched: bool = False,
     ) -> None:
         self._node = node
-        self._qos = QoSProfile(depth=depth)
+        self._managed = managed
+        durability = DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE
+        self._qos = QoSProfile(depth=depth, durability=durability)
         with _overrides(node.resolve_topic_name(topic)) as options:
             create = node.create_lifecycle_publisher if managed else node.create_publisher
             self._publisher: Publisher = create(
@@ -212,7 +222,10 @@ class OutputPublisher:
 
     def destroy(self) -> None:
         """Leave the topic."""
-        self._node.destroy_lifecycle_publisher(self._publisher)
+        if self._managed:
+            self._node.destroy_lifecycle_publisher(self._publisher)
+        else:
+            self._node.destroy_publisher(self._publisher)
 
     def problems(self) -> list[str]:
         """Who listens in vain; empty if nobody does."""

@@ -20,7 +20,8 @@ except ImportError:  # a plain machine has tf2_msgs, but no tf2_ros
     tf2_ros = None
 
 PATIENCE = 0.1
-"""Seconds that a transform may come later than the poses it is needed for."""
+MOST_PATIENCE = 0.5
+"""Seconds that a transform may come later than the poses it is needed for, at least and at most."""
 
 
 class TransformUnknown(Exception):
@@ -58,13 +59,18 @@ class TargetFrame:
         self._buffer = tf2_ros.Buffer()
         self._listener = tf2_ros.TransformListener(self._buffer, node)
 
-    def lookup(self, header: Header) -> np.ndarray:
+    def lookup(self, header: Header, spent: float = 0.0) -> np.ndarray:
         """T_target_cam (4, 4) at a stamp, for the frame of an image's header.
+
+        Args:
+            header: of the image.
+            spent: seconds that the estimate took; a transform is waited for as long, within limits.
 
         Raises:
             TransformUnknown: TF doesn't know it, or not for this stamp.
         """
-        stamp, deadline = Time.from_msg(header.stamp), time.monotonic() + PATIENCE
+        stamp, deadline = Time.from_msg(header.stamp), time.monotonic()
+        deadline += min(max(PATIENCE, spent), MOST_PATIENCE)
         while True:
             # Not with tf2's own timeout: that waits for the ROS clock, which may stand still.
             try:

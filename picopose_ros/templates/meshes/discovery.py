@@ -17,6 +17,7 @@ from picopose_ros.errors import MeshError
 from picopose_ros.templates.meshes.objects import ObjectSpec, Symmetries
 from picopose_ros.templates.meshes.parts import shown
 from picopose_ros.templates.meshes.units import UNITS, metres_per_unit, stated_unit
+from picopose_ros.tf_names import refusal
 
 MESH_SUFFIXES: tuple[str, ...] = (".ply", ".obj", ".stl", ".glb", ".gltf", ".dae", ".off")
 """File types that are read, lower case."""
@@ -199,8 +200,10 @@ def _object_options(settings: dict[str, Any], unit: str, path: Path, class_id: s
     if "unit" in settings:
         options["unit"] = unit = settings["unit"]
         _check_unit(unit, f"{where}: unit")
-    if "frame_id" in settings:
+    if settings.get("frame_id") is not None:
         options["frame_id"] = str(settings["frame_id"])
+        if reason := refusal(options["frame_id"]):
+            raise MeshError(f"{where}: frame_id is {options['frame_id']!r}: {reason}")
     if "class_ids" in settings:
         if not isinstance(settings["class_ids"], list):
             raise MeshError(f"{where}: class_ids must be a list of names")
@@ -247,3 +250,11 @@ def _check_names(specs: list[ObjectSpec]) -> None:
                     f"'{name}' names both {other.path} and {spec.path}; change class_ids in {OBJECTS_FILE}"
                 )
             owners[name] = spec
+    frames: dict[str, ObjectSpec] = {}
+    for spec in specs:
+        other = frames.setdefault(spec.tf_base, spec)
+        if other is not spec:
+            raise MeshError(
+                f"objects '{other.class_id}' and '{spec.class_id}' would both have the TF frames "
+                f"{spec.tf_base}_0, {spec.tf_base}_1, ...; change frame_id in {OBJECTS_FILE}"
+            )

@@ -50,6 +50,11 @@ class ObjectSpec:
     """Further class ids under which a segmenter may send this object."""
 
     @property
+    def tf_base(self) -> str:
+        """What the names of its instances' TF frames begin with; a number follows."""
+        return self.frame_id or self.class_id
+
+    @property
     def metres_per_unit(self) -> float:
         """What the numbers in the file are multiplied with."""
         return metres_per_unit(self.unit)

@@ -1,16 +1,24 @@
-"""Segmentations that come as images: labels with boxes, and the mask of one object."""
+"""Segmentations of every kind as segments: SegmentArray, labels with boxes, the mask of one object."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from picopose_ros.errors import SegmentError
-from picopose_ros.node.conversions import BadSegment
-from picopose_ros.node.drops import DropReason
-from picopose_ros.segmentation import Segment
+from picopose_ros.messages.detections import segments_from_boxes, segments_from_yolo
+from picopose_ros.messages.reasons import BadSegment, DropReason
+from picopose_ros.segmentation import Segment, rle_decode
+
+ENCODING_RLE = 0
+ENCODING_BITMAP = 1
+"""Constants of ``picopose_ros/msg/Segment``."""
+
+ReadSegments = Callable[[Any, int, int], "tuple[list[Segment], list[BadSegment]]"]
+"""A segmentation's message(s) and the image's height and width -> good and bad segments."""
 
 _LABEL_TYPES = {
     "mono8": "u1",
@@ -20,6 +28,97 @@ _LABEL_TYPES = {
     "32SC1": "i4",
 }
 """Type of a pixel by the encoding of a label image."""
+
+
+def segment_reader(kind: str, mask_class: str, topics: Mapping[str, str]) -> ReadSegments:
+    """How to read a segmentation of ``kind`` (parameter ``segmentation_input``).
+
+    Args:
+        mask_class: class of the object in a mask.
+        topics: names of ``segmentation`` and, for detections, ``labels``, for the messages.
+    """
+    topic = topics["segmentation"]
+    if kind == "detections":
+        return lambda both, height, width: segments_from_detections(
+            *both, height, width, topic, topics["labels"]
+        )
+    if kind == "boxes":
+        return lambda boxes, height, width: segments_from_boxes(boxes, height, width, topic)
+    if kind == "yolo":
+        return lambda found, height, width: segments_from_yolo(found, height, width, topic)
+    if kind == "mask":
+        return lambda mask, height, width: segments_from_mask(mask, mask_class, height, width, topic)
+    return lambda message, height, width: segments_from_message(message, height, width, topic)
+
+
+def segments_from_message(
+    message: Any, height: int, width: int, topic: str
+) -> tuple[list[Segment], list[BadSegment]]:
+    """The segments of a ``picopose_ros/SegmentArray``, each judged by itself.
+
+    Args:
+        message: the SegmentArray.
+        height: of the image it belongs to, pixels.
+        width: of the image it belongs to, pixels.
+        topic: where it came from, for the messages.
+
+    Returns:
+        The good segments and the bad ones, both in the message's order.
+
+    Raises:
+        SegmentError: the masks are masks of an image of another size; none of them can be used.
+    """
+    if (message.height, message.width) != (height, width):
+        raise SegmentError(
+            f"segmentation on {topic} is of an image of {message.width}x{message.height} pixels, but the "
+            "image with "
+            f"its stamp has {width}x{height}: scale the masks to the image before publishing them"
+        )
+    good: list[Segment] = []
+    bad: list[BadSegment] = []
+    for index, segment in enumerate(message.segments):
+        where = f"segment {index} ('{segment.class_id}') on {topic}"
+        try:
+            mask = _mask_from_message(segment, height, width)
+            decoded = Segment(class_id=segment.class_id, score=float(segment.score), mask=mask)
+        except SegmentError as error:
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, f"{where}: {error}", index))
+            continue
+        if not mask.any():
+            bad.append(BadSegment(DropReason.EMPTY_MASK, f"{where} has an empty mask", index))
+            continue
+        good.append(decoded)
+    return good, bad
+
+
+def _mask_from_message(segment: Any, height: int, width: int) -> np.ndarray:
+    roi = segment.roi
+    top, left = int(roi.y_offset), int(roi.x_offset)
+    rows, cols = int(roi.height), int(roi.width)
+    mask = np.zeros((height, width), dtype=bool)
+    if rows == 0 or cols == 0:
+        return mask
+    # Checked before anything is decoded: the sizes decide how much memory that takes.
+    if top + rows > height or left + cols > width:
+        raise SegmentError(
+            f"its roi ({left}, {top}, {cols}x{rows}) leaves the image of {width}x{height} pixels"
+        )
+    if segment.encoding == ENCODING_RLE:
+        inside = rle_decode(np.asarray(segment.rle, dtype=np.uint32), rows, cols)
+    elif segment.encoding == ENCODING_BITMAP:
+        packed = np.asarray(segment.bitmap, dtype=np.uint8)
+        if packed.size != (rows * cols + 7) // 8:
+            raise SegmentError(
+                f"its bitmap has {packed.size} bytes, but its roi of {cols}x{rows} pixels takes "
+                f"{(rows * cols + 7) // 8}"
+            )
+        inside = np.unpackbits(packed, count=rows * cols).astype(bool).reshape(rows, cols)
+    else:
+        raise SegmentError(
+            f"its encoding is {segment.encoding}: use ENCODING_RLE or ENCODING_BITMAP of Segment.msg"
+        )
+    mask[top : top + rows, left : left + cols] = inside
+    return mask
 
 
 def label_image(message: Any, topic: str) -> np.ndarray:
@@ -86,12 +185,12 @@ def segments_from_detections(
         elif not np.isfinite(name.score):
             problem = f"has score {name.score}: give a number in 0..1"
         if problem:
-            bad.append(BadSegment(index, DropReason.BAD_SEGMENT, f"{where} {problem}"))
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, f"{where} {problem}", index))
             continue
         mask = pixels == int(detection.id)
         if not mask.any():
             message = f"{where} has an empty mask: no pixel of {labels_topic} has the value {detection.id}"
-            bad.append(BadSegment(index, DropReason.EMPTY_MASK, message))
+            bad.append(BadSegment(DropReason.EMPTY_MASK, message, index))
             continue
         good.append(Segment(name.class_id, float(name.score), mask))
     return good, bad
@@ -116,7 +215,7 @@ def segments_from_mask(
     _check_size("mask", message, height, width, topic)
     mask = label_image(message, topic) != 0
     if not mask.any():
-        return [], [BadSegment(0, DropReason.EMPTY_MASK, f"the mask on {topic} is empty")]
+        return [], [BadSegment(DropReason.EMPTY_MASK, f"the mask on {topic} is empty")]
     return [Segment(class_id, 1.0, mask)], []
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from picopose_ros.errors import ConfigError, SegmentError
-from picopose_ros.node.conversions import BadSegment
-from picopose_ros.node.drops import DropReason
+from picopose_ros.messages.reasons import BadSegment, DropReason
 from picopose_ros.segmentation import Segment
 from picopose_ros.segmentation.boxes import box_mask, polygon_mask
 
@@ -53,14 +52,14 @@ def segments_from_boxes(
         where = f"detection {index} ('{name}') on {topic}"
         if likeliest is None:
             problem = f"{where} has no result, so no class: fill in results[].hypothesis"
-            bad.append(BadSegment(index, DropReason.BAD_SEGMENT, problem))
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, problem, index))
             continue
         box = detection.bbox
         try:
             mask = box_mask(_centre(box), (box.size_x, box.size_y), box.center.theta, height, width)
             segment = Segment(name, float(likeliest.hypothesis.score), mask, is_box=True)
         except SegmentError as error:
-            bad.append(BadSegment(index, DropReason.BAD_SEGMENT, f"{where}: {error}"))
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, f"{where}: {error}", index))
             continue
         _keep(segment, index, where, good, bad)
     return good, bad
@@ -98,7 +97,7 @@ def segments_from_yolo(
                 tracked_id=detection.id if ids[detection.id] == 1 else "",
             )
         except SegmentError as error:
-            bad.append(BadSegment(index, DropReason.BAD_SEGMENT, f"{where}: {error}"))
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, f"{where}: {error}", index))
             continue
         _keep(segment, index, where, good, bad)
     return good, bad
@@ -114,4 +113,4 @@ def _keep(segment: Segment, index: int, where: str, good: list[Segment], bad: li
         return
     what = "box" if segment.is_box else "polygon"
     problem = f"{where}: its {what} lies outside the image of {segment.mask.shape[1]}x{segment.mask.shape[0]}"
-    bad.append(BadSegment(index, DropReason.EMPTY_MASK, problem))
+    bad.append(BadSegment(DropReason.EMPTY_MASK, problem, index))
