@@ -133,6 +133,8 @@ ROOMS: dict[str, set[str]] = {
     "estimator": {"estimation"},
     "instances": BASE | {"geometry", "templates", "estimator"},
     "messages": BASE | {"geometry", "templates", "segmentation", "estimator", "instances"},
+    "bags": {"messages"},
+    "images": {"messages"},
     "arguments": CORE,
     "synthetic": BASE | {"geometry", "templates"},
     "training": BASE | {"arguments", "geometry", "model", "templates", "segmentation", "synthetic"},
