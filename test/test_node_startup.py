@@ -6,6 +6,8 @@ import gc
 import importlib.util
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -312,6 +314,32 @@ def test_no_camera_info_then_one_then_sigint_twice(
             assert "Traceback" not in node.log
         finally:
             client.close()
+
+
+def test_sigint_while_unconfigured_is_a_clean_stop(tmp_path: Path) -> None:
+    with running_node(tmp_path / "node", next_domain(), "/cell", autostart=False, min_scor=0.5) as node:
+        node.wait_for_log("waiting for `ros2 lifecycle set /cell/picopose_node configure`")
+        assert "there is no parameter min_scor" in node.log and "did you mean min_score?" in node.log
+        node.process.send_signal(signal.SIGINT)
+        assert node.wait() == 0
+        assert "Traceback" not in node.log
+
+
+def test_whole_numbers_are_taken_for_real_ones(assets: dict[str, Path]) -> None:
+    with local_node(**assets, min_score=0, instance_distance=2) as node:
+        assert node.get_parameter("min_score").value == 0.0
+        (result,) = node.set_parameters([Parameter("min_score", value=1)])
+        assert result.successful and node.get_parameter("min_score").value == 1.0
+        (result,) = node.set_parameters([Parameter("hypotheses", value=2.0)])
+        assert not result.successful
+
+
+def test_a_parameter_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "picopose_ros.node", "--ros-args"]
+    command += ["--params-file", str(tmp_path / "nowhere.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 1
+    assert "nowhere.yaml" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sigterm_while_loading_is_a_clean_stop(tmp_path: Path, assets: dict[str, Path]) -> None:

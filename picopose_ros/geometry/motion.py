@@ -7,6 +7,9 @@ from scipy.spatial.transform import Rotation
 
 from picopose_ros.geometry.poses import invert_transform, make_transform
 
+_HORIZON = 5.0
+"""For how many times its length a motion is believed to go on."""
+
 
 class CameraMotion:
     """The two newest known poses of a camera, and the motion between them.
@@ -29,7 +32,7 @@ class CameraMotion:
     def at(self, stamp: float) -> np.ndarray | None:
         """T_fixed_cam at a stamp: the newest known, moved on at constant velocity; None if none is known.
 
-        It is moved on for no longer than the two newest are apart: what was not seen to last may have ended.
+        It is moved on for no longer than five times what the two newest are apart: the motion may have ended.
         """
         if not self._known:
             return None
@@ -37,7 +40,7 @@ class CameraMotion:
         if len(self._known) < 2:
             return T
         before, T_before = self._known[0]
-        share = float(np.clip((stamp - newest) / (newest - before), -1.0, 1.0))
+        share = float(np.clip((stamp - newest) / (newest - before), -_HORIZON, _HORIZON))
         step = invert_transform(T_before) @ T
         turn = Rotation.from_rotvec(share * Rotation.from_matrix(step[:3, :3]).as_rotvec())
         return T @ make_transform(turn.as_matrix(), share * step[:3, 3])

@@ -53,6 +53,9 @@ class ManagedNode(LifecycleNodeMixin, Node):
         if autostart:
             group = MutuallyExclusiveCallbackGroup()
             self._autostart = self.create_timer(0.01, self._start, group, clock=self.steady)
+        else:
+            name = self.get_fully_qualified_name()
+            self.get_logger().info(f"autostart is false: waiting for `ros2 lifecycle set {name} configure`")
 
     @property
     def failure(self) -> str:
