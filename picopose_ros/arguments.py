@@ -64,6 +64,23 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_refinements(parser: argparse.ArgumentParser) -> None:
+    """How often poses are refined; see `refinements`."""
+    parser.add_argument(
+        "--refinements",
+        type=int,
+        choices=range(9),
+        metavar="N",
+        help="rounds of refinement: the object is rendered at its pose and compared with the image again "
+        "(0 to 8; without it the package's default)",
+    )
+
+
+def refinements(args: argparse.Namespace) -> dict[str, int]:
+    """The estimator's setting that ``--refinements`` asks for; none where it isn't given."""
+    return {} if args.refinements is None else {"refinements": args.refinements}
+
+
 def numbers(words: Sequence[str]) -> list[float]:
     """The words as numbers; empty if one of them isn't."""
     try:
@@ -181,6 +198,7 @@ def load_estimator(args: argparse.Namespace) -> PoseEstimator:
             cache_dir=args.cache_dir,
             hypotheses=args.hypotheses,
             progress=True,
+            **refinements(args),
         )
 
 

@@ -71,7 +71,7 @@ RUNS = {
     "background": Run("background not masked", HELDOUT, ("--scenes", "240", "--background")),
     "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "48", "--kind", "cluttered"), overlays=True),
     "match": Run("templates by the match alone", HELDOUT, ("--scenes", "192", "--rerank", "0")),
-    "second": Run("with a second look", HELDOUT, ("--scenes", "192", "--second-look")),
+    "unrefined": Run("without refinement", HELDOUT, ("--scenes", "192", "--refinements", "0")),
     "demo": Run("the demo's objects", DEMO, ("--scenes", "60")),
 }
 

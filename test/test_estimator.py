@@ -146,7 +146,7 @@ def test_several_classes_and_instances_in_one_pass(world, three):
         assert (sigma > 0).all() and (sigma < 0.02).all()
     # One query pass for three segments, one pass for the up to nine templates.
     assert world.model.encoded[0] == 3 and len(world.model.encoded) == 2
-    assert set(result.timings) == {"crop", "encode", "match", "regress", "pnp", "total"}
+    assert set(result.timings) == {"crop", "encode", "match", "regress", "pnp", "refine", "total"}
     assert result.timings["total"] >= sum(v for k, v in result.timings.items() if k != "total") - 1
 
 

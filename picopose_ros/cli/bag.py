@@ -16,7 +16,13 @@ from typing import Any
 
 from rosbags.interfaces import Connection
 
-from picopose_ros.arguments import add_onboarding_arguments, fraction, load_estimator, positive
+from picopose_ros.arguments import (
+    add_onboarding_arguments,
+    add_refinements,
+    fraction,
+    load_estimator,
+    positive,
+)
 from picopose_ros.errors import BagError, ConfigError
 from picopose_ros.estimator import PoseEstimator
 from picopose_ros.geometry.cameras import is_rectified_topic
@@ -383,6 +389,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meshes", type=Path, required=True, help="folder with one mesh per object")
     add_onboarding_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    add_refinements(parser)
     parser.add_argument(
         "--min-score",
         type=fraction,

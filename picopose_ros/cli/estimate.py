@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from picopose_ros.arguments import (
     CLASS_HELP,
     add_onboarding_arguments,
+    add_refinements,
     blaming,
     check_output,
     join_numbers,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_onboarding_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    add_refinements(parser)
     parser.add_argument(
         "--overlay", type=Path, metavar="OUT.png", help="write the image with the poses in it"
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from picopose_ros.errors import ConfigError
 from picopose_ros.estimation import regression
-from picopose_ros.estimation.choosing import choose_pose
+from picopose_ros.estimation.choosing import MIN_INLIERS, choose_pose
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.queries import Query, check_image, make_queries
+from picopose_ros.estimation.refine import Refined, Start, Task, quality, refine_poses
 from picopose_ros.estimation.results import (
     Choice,
     EstimateResult,
@@ -25,14 +28,15 @@ from picopose_ros.estimation.results import (
     StageClock,
 )
 from picopose_ros.estimation.retrieval import choose_templates
-from picopose_ros.estimation.second_look import second_looks, with_second_look
 from picopose_ros.estimation.settings import EstimatorSettings, Precision, torch_device
 from picopose_ros.estimation.solving import SolvedHypothesis, place_template, solve_hypothesis
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.rectify import straighten
 from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import Progress, TemplateBank, onboard
+from picopose_ros.templates.posed import PosedViews
 
 
 class PoseEstimator:
@@ -87,6 +91,7 @@ class PoseEstimator:
         hypotheses: int = 5,
         progress: bool | Progress = False,
         precision: Precision = "auto",
+        refinements: int = EstimatorSettings.refinements,
     ) -> PoseEstimator:
         """Load the network and onboard the objects of a folder.
 
@@ -101,11 +106,12 @@ class PoseEstimator:
             progress: True to show it; or called before and after each object. What it raises
                 ends the loading.
             precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+            refinements: most rounds of refinement, 0 to 8.
 
         Raises:
             MeshError, CheckpointError, ConfigError, RenderError: what can't be used, where and what to do.
         """
-        settings = EstimatorSettings(hypotheses=hypotheses, precision=precision)
+        settings = EstimatorSettings(hypotheses, precision=precision, refinements=refinements)
         model = load_model(preset, weights, torch_device(device))
         onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {
@@ -128,6 +134,8 @@ class PoseEstimator:
         other._schedule = self._schedule
         if "_network" in self.__dict__:
             other._network = self._network.with_banks(banks)
+        if "_views" in self.__dict__:
+            other._views = self._views.with_banks(banks)
         return other
 
     def warm_up(self) -> None:
@@ -166,20 +174,68 @@ class PoseEstimator:
             clock.lap("match")
             found = self._regress(queries, features, chosen, trace, keep=self.settings.prune or None)
             solved = self._solve(queries, chosen, found, camera, clock)
-            again = self._look_again(queries, features, solved, camera, clock, trace)
-        poses: list[ObjectPose] = []
-        for query, own, seconds in zip(queries, solved, again):
-            pose = self._choose(query, with_second_look(own, seconds, self.settings), camera)
-            if pose is None:
-                skipped.append((query.index, "no pose agrees with the network's correspondences"))
-            else:
-                poses.append(pose)
         clock.lap("pnp")
+        counts = [range(1, len(own) + 1) if trace else [len(own)] for own in solved]
+        answers, reasons = self._answer(rgb, camera, queries, solved, counts)
+        clock.lap("refine")
+        poses: list[ObjectPose] = []
+        unrefined: list[tuple[int, str]] = []
+        for query, own, why in zip(queries, answers, reasons):
+            if own[-1] is None:
+                skipped.append((query.index, "no pose agrees with the network's correspondences"))
+                continue
+            poses.append(own[-1])
+            if why[-1] is not None:
+                unrefined.append((query.index, why[-1]))
         timings = clock.milliseconds()
         traces = []
         if trace:
-            traces = [self._trace(*one, camera) for one in zip(queries, solved, again)]
-        return EstimateResult(poses, sorted(skipped), timings, traces)
+            traces = [self._trace(*one, camera) for one in zip(queries, solved, answers)]
+        return EstimateResult(poses, sorted(skipped), timings, traces, unrefined)
+
+    def refine(
+        self,
+        rgb: np.ndarray,
+        camera: CameraModel,
+        poses: Sequence[ObjectPose],
+        segments: Sequence[Segment] | None = None,
+        rounds: int | None = None,
+    ) -> EstimateResult:
+        """Improve poses, wherever they come from, by what the image shows of the objects.
+
+        Args:
+            rgb, camera: as in :meth:`estimate`.
+            poses: to begin with; ``class_id`` is that of a bank, ``T_cam_obj`` the pose. Of one that can't be
+                improved the result holds the pose as it is, and the reason in ``unrefined``.
+            segments: their masks, by the poses' ``segment``; None: the objects' own silhouettes at the poses,
+                and no contour.
+            rounds: most of them; None: as many as in the settings.
+
+        Returns:
+            The poses in their order, with confidence and covariance of their own.
+
+        Raises:
+            ImageError, CameraError: as :meth:`estimate`.
+            ConfigError: a pose names a class without a bank, or a segment that isn't there.
+        """
+        check_image(rgb, camera)
+        clock = StageClock(self.device)
+        rounds = self.settings.refinements if rounds is None else rounds
+        tasks = []
+        for pose in poses:
+            if pose.class_id not in self.banks:
+                known = ", ".join(sorted(self.banks))
+                raise ConfigError(f"no object is called '{pose.class_id}'; onboarded are {known}")
+            if segments is not None and not 0 <= pose.segment < len(segments):
+                raise ConfigError(f"a pose is of segment {pose.segment}, there are {len(segments)}")
+            mask = None if segments is None else segments[pose.segment].mask
+            start = Start(np.asarray(pose.T_cam_obj, np.float64), pose.confidence)
+            tasks.append(Task(pose.class_id, mask, (start,)))
+        refined = self._refine(rgb, camera, tasks, rounds)
+        clock.lap("refine")
+        found = [pose if isinstance(r, str) else self._refined(pose, r) for pose, r in zip(poses, refined)]
+        why = [(pose.segment, r) for pose, r in zip(poses, refined) if isinstance(r, str)]
+        return EstimateResult(found, [], clock.milliseconds(), unrefined=why)
 
     def examine(
         self,
@@ -217,12 +273,17 @@ class PoseEstimator:
                 found = self._regress(queries, features, chosen, True, given)
                 solved = self._solve(queries, chosen, found, camera, StageClock(self.device))
             for query, own in zip(queries, solved):
-                traces[query.index] = self._trace(query, own, {}, camera)
+                traces[query.index] = self._trace(query, own, self._prefixes(query, own, camera), camera)
         return traces
 
     def answer(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> ObjectPose | None:
         """What would be published with this hypothesis alone, be it the network's or a changed one."""
         return self._choose(query, [solve_hypothesis(query, hypothesis, camera, self.settings)], camera)
+
+    @cached_property
+    def _views(self) -> PosedViews:
+        """What renders the objects at their poses."""
+        return PosedViews(self.banks)
 
     @cached_property
     def _network(self) -> Network:
@@ -298,26 +359,72 @@ class PoseEstimator:
         clock.lap("pnp")
         return solved
 
-    def _look_again(
+    def _answer(
         self,
-        queries: Sequence[Query],
-        features: Prepared,
-        solved: Sequence[Sequence[SolvedHypothesis]],
+        rgb: np.ndarray,
         camera: CameraModel,
-        clock: StageClock,
-        trace: bool,
-    ) -> list[dict[int, SolvedHypothesis]]:
-        """Per query second looks, by the hypothesis that they started from; see `second_look`."""
-        again: list[dict[int, SolvedHypothesis]] = [{} for _ in queries]
-        if not self.settings.second_look:
-            return again
-        chosen, affines, origins = second_looks(queries, solved, camera, self.settings, trace)
-        if chosen:
-            found = self._regress(queries, features, chosen, trace, affines)
-            looks = [iter(own) for own in self._solve(queries, chosen, found, camera, clock)]
-            for row, index in origins:
-                again[row][index] = next(looks[row])
-        return again
+        queries: Sequence[Query],
+        solved: Sequence[Sequence[SolvedHypothesis]],
+        counts: Sequence[Sequence[int]],
+    ) -> tuple[list[list[ObjectPose | None]], list[list[str | None]]]:
+        """Per query, what is published with its first k hypotheses, for some k, and why one isn't refined."""
+        answers: list[list[ObjectPose | None]] = []
+        tasks: list[Task] = []
+        origins: list[tuple[int, int, list[ObjectPose]]] = []
+        for row, (query, own, ks) in enumerate(zip(queries, solved, counts)):
+            answers.append([self._choose(query, own[:k], camera) for k in ks])
+            for place, (k, answer) in enumerate(zip(ks, answers[-1])):
+                if answer is None or self.settings.refinements == 0:
+                    continue
+                poses, values = [answer], [0.0]
+                if answer.source == "offsets":
+                    known = [one for one in own[:k] if _may_be_refined(one)]
+                    each = [(self._choose(query, [one], camera), one.quality) for one in known]
+                    poses, values = zip(*((p, v) for p, v in each if p is not None and p.source == "offsets"))
+                starts = tuple(Start(p.T_cam_obj, v) for p, v in zip(poses, values))
+                tasks.append(Task(query.bank.class_id, query.segment.mask, starts))
+                origins.append((row, place, list(poses)))
+        reasons: list[list[str | None]] = [[None] * len(own) for own in answers]
+        refined = self._refine(rgb, camera, tasks, self.settings.refinements)
+        for (row, place, poses), one in zip(origins, refined):
+            if isinstance(one, str):
+                reasons[row][place] = one
+            else:
+                answers[row][place] = self._refined(poses[one.start], one)
+        return answers, reasons
+
+    def _refine(
+        self, rgb: np.ndarray, camera: CameraModel, tasks: Sequence[Task], rounds: int
+    ) -> list[Refined | str]:
+        """See `refine_poses`; the lens' distortion is taken out of image and masks first."""
+        if not tasks:
+            return []
+        masks = {id(task.mask): task.mask for task in tasks if task.mask is not None}
+        rgb, *straight = straighten([rgb, *masks.values()], camera)
+        by_id = dict(zip(masks, straight))
+        tasks = [replace(task, mask=by_id.get(id(task.mask))) for task in tasks]
+        blacken = self.model.config.mask_background and not self.settings.keep_background
+        return refine_poses(self._network, self._views, rgb, camera.K, tasks, rounds, blacken)
+
+    def _refined(self, pose: ObjectPose, refined: Refined) -> ObjectPose:
+        """A pose after its refinement."""
+        step = refined.step
+        return replace(
+            pose,
+            T_cam_obj=step.T_cam_obj,
+            confidence=float(np.clip(self._calibration.apply(quality(step)), 0.0, 1.0)),
+            covariance=step.covariance,
+            source="offsets",
+            inliers=step.inliers,
+            inlier_ratio=step.inlier_ratio,
+            refinements=pose.refinements + refined.rounds,
+        )
+
+    def _prefixes(
+        self, query: Query, solved: Sequence[SolvedHypothesis], camera: CameraModel
+    ) -> list[ObjectPose | None]:
+        """The poses with the first k hypotheses, k = 1, 2, ..., without refinement."""
+        return [self._choose(query, solved[:count], camera) for count in range(1, len(solved) + 1)]
 
     def _choose(
         self, query: Query, solved: Sequence[SolvedHypothesis], camera: CameraModel
@@ -329,7 +436,7 @@ class PoseEstimator:
         self,
         query: Query,
         solved: Sequence[SolvedHypothesis],
-        again: Mapping[int, SolvedHypothesis],
+        answers: Sequence[ObjectPose | None],
         camera: CameraModel,
     ) -> SegmentTrace:
         """The output of every stage for a segment."""
@@ -337,8 +444,7 @@ class PoseEstimator:
         for one in solved:
             hypothesis, solution = one.hypothesis, one.solution
             placed = [
-                place_template(query, hypothesis.template, M, camera)
-                for M in (np.eye(3), hypothesis.affine)
+                place_template(query, hypothesis.template, M, camera) for M in (np.eye(3), hypothesis.affine)
             ]
             matched, turned = (None if T is None else T @ query.bank.T_ctr_obj for T in placed)
             traces.append(
@@ -350,8 +456,8 @@ class PoseEstimator:
                     answer=self._choose(query, [one], camera),
                 )
             )
-        answers = [
-            self._choose(query, with_second_look(solved[:count], again, self.settings), camera)
-            for count in range(1, len(solved) + 1)
-        ]
         return SegmentTrace(query, tuple(traces), tuple(answers))
+
+
+def _may_be_refined(one: SolvedHypothesis) -> bool:
+    return one.solution is not None and len(one.solution.inliers) >= MIN_INLIERS

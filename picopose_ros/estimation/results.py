@@ -70,6 +70,7 @@ class ObjectPose:
         match_score: stage 1's score of the template.
         bbox_centre: (3,) centre of the object's bounding box in its own frame, metres.
         bbox_size: (3,) its sides, metres.
+        refinements: rounds of refinement that led to the pose; 0: it is as PnP found it.
     """
 
     class_id: str
@@ -85,6 +86,7 @@ class ObjectPose:
     match_score: float
     bbox_centre: np.ndarray
     bbox_size: np.ndarray
+    refinements: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class HypothesisTrace:
         T_match: stage 1 alone: the template's pose, placed and scaled like the segment's crop.
         T_affine: stage 2: turned in the image plane and placed by the affine.
         T_offsets: stage 3: PnP on its correspondences, also where the estimator rejects it.
-        answer: what would be published if this were the only hypothesis.
+        answer: what would be published if this were the only hypothesis, without refinement.
     """
 
     hypothesis: Hypothesis
@@ -128,14 +130,21 @@ class EstimateResult:
     Attributes:
         poses: one per segment that got a pose, in the order of the segments.
         skipped: (index of the segment, why it has none).
-        timings: milliseconds: crop, encode, match, regress, pnp (decode included), total.
+        timings: milliseconds: crop, encode, match, regress, pnp (decode included), refine, total.
         traces: where they were asked for, one per segment that was not skipped before the network.
+        unrefined: (index of the segment, why), of poses that refinement could not improve on and that are
+            published as they were.
     """
 
     poses: list[ObjectPose]
     skipped: list[tuple[int, str]]
     timings: dict[str, float]
     traces: list[SegmentTrace] = field(default_factory=list)
+    unrefined: list[tuple[int, str]] = field(default_factory=list)
+
+
+STAGES = ("crop", "encode", "match", "regress", "pnp", "refine")
+"""What the time of an estimate goes to."""
 
 
 class StageClock:
@@ -144,7 +153,7 @@ class StageClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._begin = self._last = time.perf_counter()
-        self._seconds = dict.fromkeys(("crop", "encode", "match", "regress", "pnp"), 0.0)
+        self._seconds = dict.fromkeys(STAGES, 0.0)
 
     def lap(self, stage: str) -> None:
         """Add the time since the last lap to a stage."""

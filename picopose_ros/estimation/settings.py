@@ -13,6 +13,9 @@ from picopose_ros.geometry.correspondences import DecodeMode
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """What the network computes in; see `resolve_precision`."""
 
+MOST_REFINEMENTS = 8
+"""Rounds of refinement beyond which nothing was ever gained."""
+
 
 @dataclass(frozen=True)
 class EstimatorSettings:
@@ -30,8 +33,8 @@ class EstimatorSettings:
         rerank: this many of the best matching templates are ordered by how well their matches agree on one
             motion (`match_agreement`) before the hypotheses are taken; 0: by the match score alone, as in
             the paper. Only used with presets whose stage 2 starts from such a motion.
-        second_look: run stage 3 once more for the best pose, from the template nearest to it and the affine
-            that the pose implies; the better of the two poses is published. Not in the paper.
+        refinements: most rounds of refinement (`picopose_ros.estimation.refine`), 0 to 8. Not in the paper,
+            which refines with MegaPose's network.
         min_mask_pixels: segments with fewer visible pixels are skipped.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of recently used templates (stages 2 and 3).
@@ -49,7 +52,7 @@ class EstimatorSettings:
     ransac_iterations: int = 1000
     correlated_pairs: float = 780.0
     rerank: int = 64
-    second_look: bool = False
+    refinements: int = 0
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 512
@@ -68,6 +71,8 @@ class EstimatorSettings:
         for name in ("template_cache_mb", "prune", "rerank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must not be negative")
+        if not 0 <= self.refinements <= MOST_REFINEMENTS:
+            raise ConfigError(f"refinements is {self.refinements}, it must be 0 to {MOST_REFINEMENTS}")
         resolve_precision(self.precision, torch.device("cpu"))
         if self.compile and self.compile not in torch._dynamo.list_backends(()):
             known = ", ".join(torch._dynamo.list_backends())

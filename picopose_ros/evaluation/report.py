@@ -92,7 +92,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     kept += "" if about["rerank"] else ", templates by the match alone"
     kept += "" if about["precision"] == "auto" else f", {about['precision']}"
     kept += f", {about['prune']} hypotheses kept for the last grid" if about["prune"] else ""
-    kept += ", second look" if about["second_look"] else ""
+    kept += f", refined {about['refinements']} times" if about["refinements"] else ""
     sections = [
         f"{overall['all']['queries']} queries of {overall['all']['objects']} objects in {scene}, {masks}, "
         f"{kept}; {about['viewpoints']} templates, preset `{about['preset']}`, weights `{about['weights']}`. "

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from picopose_ros import __version__
-from picopose_ros.arguments import add_onboarding_arguments, load_network, positive, settle_unit
+from picopose_ros.arguments import (
+    add_onboarding_arguments,
+    add_refinements,
+    load_network,
+    positive,
+    refinements,
+    settle_unit,
+)
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator, Precision
@@ -82,9 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the N best hypotheses after the coarse grids go through the last one (%(default)s); 0: all",
     )
-    parser.add_argument(
-        "--second-look", action="store_true", help="once more from the template nearest to the best pose"
-    )
+    add_refinements(parser)
     add_onboarding_arguments(parser)
 
 
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         rerank=args.rerank,
         precision=args.precision,
         prune=args.prune,
-        second_look=args.second_look,
+        **refinements(args),
         keep_background=args.background,
     )
     estimator = PoseEstimator(model, onboarding.banks, settings, device)
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
                 "rerank": args.rerank,
                 "precision": args.precision,
                 "prune": args.prune,
-                "second_look": args.second_look,
+                "refinements": settings.refinements,
                 "viewpoints": args.viewpoints,
                 "preset": args.preset,
                 "weights": model_fingerprint(model)[:16],

@@ -52,11 +52,23 @@ class CropBox:
         return slice(self.top, self.top + self.side), slice(self.left, self.left + self.side)
 
     def affine(self) -> np.ndarray:
-        """M_crop_img (3, 3) float32: full-image pixel -> crop pixel."""
+        """M_crop_img (3, 3) float32: full-image pixel -> crop pixel, as the released network has it.
+
+        It forgets that resizing keeps the corners of pixels, not their centres, where they were: what the
+        crop shows is off by up to half a pixel. See :meth:`content`.
+        """
         # The product is rounded in float32 on purpose: that is the released network's matrix to the last bit.
         scale = np.float32(CROP_SIZE / self.side)
         return np.array(
             [[scale, 0, -scale * self.left], [0, scale, -scale * self.top], [0, 0, 1]], np.float32
+        )
+
+    def content(self) -> np.ndarray:
+        """M_crop_img (3, 3) float64: full-image pixel -> the crop pixel that shows it."""
+        scale = CROP_SIZE / self.side
+        shift = (scale - 1.0) / 2.0
+        return np.array(
+            [[scale, 0, shift - scale * self.left], [0, scale, shift - scale * self.top], [0, 0, 1]]
         )
 
 

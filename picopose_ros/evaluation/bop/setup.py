@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from picopose_ros import __version__
-from picopose_ros.arguments import add_network_arguments, positive
+from picopose_ros.arguments import add_network_arguments, add_refinements, positive, refinements
 from picopose_ros.errors import DatasetError, MeshError
 from picopose_ros.estimator import EstimatorSettings, PoseEstimator, torch_device
 from picopose_ros.evaluation.bop.dataset import BopDataset
@@ -45,6 +45,7 @@ def add_estimation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="size of the network; by default the one the weights are made for")
     add_network_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    add_refinements(parser)
     parser.add_argument(
         "--decode",
         choices=("subpixel", "reference"),
@@ -102,7 +103,11 @@ class BopRun:
             raise DatasetError(f"{dataset.targets_path}: asks for nothing")
         check_objects(dataset)
         settings = EstimatorSettings(
-            args.hypotheses, args.decode, min_mask_pixels=MIN_MASK_PIXELS, precision=args.precision
+            args.hypotheses,
+            args.decode,
+            min_mask_pixels=MIN_MASK_PIXELS,
+            precision=args.precision,
+            **refinements(args),
         )
         preset = args.preset or preset_of(args.weights)
         model = load_model(preset, args.weights, torch_device(device))

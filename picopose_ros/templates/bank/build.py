@@ -116,6 +116,7 @@ def build_bank(
         diameter=mesh.diameter,
         warnings=tuple(mesh.warnings),
         shading=shading,
+        spec=mesh.spec,
     )
 
 

@@ -100,7 +100,7 @@ def _load_or_build(
     path = folder / _entry_name(spec, model, count)
     bank = _cached(path, recipe, logging.DEBUG) or _moved(path, spec, recipe)
     if bank is not None:  # else the entry is looked at again under the lock
-        return bank
+        return replace(bank, spec=spec)
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def _load_or_build(
                 _write_entry(path, bank, recipe)
             except (OSError, SafetensorError) as error:
                 _log.warning("the bank of '%s' cannot be kept in %s: %s", spec.class_id, path, error)
-    return bank
+    return bank if bank.spec is not None else replace(bank, spec=spec)
 
 
 def default_cache_dir() -> Path:

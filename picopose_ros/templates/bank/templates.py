@@ -18,6 +18,7 @@ from picopose_ros.geometry.crops import (
     crop_points_nearest,
     crop_rgb,
 )
+from picopose_ros.templates.meshes import ObjectSpec
 from picopose_ros.templates.renderer import Rendering, Shading
 
 TEMPLATE_K = np.array([[572.4114, 0.0, 320.0], [0.0, 573.57043, 240.0], [0.0, 0.0, 1.0]])
@@ -88,6 +89,8 @@ class TemplateBank:
     """What looks wrong with the mesh."""
     shading: Shading = "flat"
     """How the templates were lit: what is compared with them is to be rendered in the same way."""
+    spec: ObjectSpec | None = None
+    """Where the mesh is, for who renders it again."""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,0 +1,356 @@
+"""One step of refinement: compare an image with the object rendered at a pose, and solve for a better pose.
+
+`refine_step` is all that following an object from image to image needs beside the rounds of
+`picopose_ros.estimation.refine`: an image, a pose with its covariance and a view rendered there go in, the
+pose with its covariance and how well image and view agree come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from picopose_ros.estimation.passes import Network, patch_masks
+from picopose_ros.geometry.contours import contour_lines, mask_edges, signed_distance
+from picopose_ros.geometry.correspondences import Correspondences, decode_correspondences
+from picopose_ros.geometry.covariance import pose_error
+from picopose_ros.geometry.crops import (
+    CROP_SIZE,
+    crop_box_from_mask,
+    crop_mask,
+    crop_rgb,
+    mask_background,
+)
+from picopose_ros.geometry.least_squares import Edges, Prior, Reprojections, Solution, Term, solve
+from picopose_ros.model.offsets import sample_at
+from picopose_ros.templates.posed import PosedView
+
+_PATCHES = 16
+_INLIER_CROP_PX = 4.0
+_MIN_PAIRS = 12
+_CUTOFFS = (20.0, 2.0)
+"""Of the correspondences, in turn: the first brings the pose near from wherever it begins."""
+_PAIRS = 400
+"""Correspondences that are used: neighbours say the same."""
+_CONTOUR_POINTS = 200
+_REACHES = (0.06, 0.03)
+"""How far from the contour an edge is looked for, in turn, as a share of the crop's side."""
+_LEAST_REACH_PX = 3.0
+_MIN_EDGES = 20
+_MIN_COSINE = 0.6
+"""Between the normals of the contour and of the mask where an edge is taken."""
+_BORDER_PX = 2.0
+"""A mask that ends this near to the image's border ends there and not at the object's edge."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How large the errors are of what a pose is solved from; measured with the packaged weights.
+
+    Attributes:
+        pair_sigma: of one coordinate of a correspondence, crop px.
+        pairs_together: correspondences that count as one, because neighbours err alike.
+        pair_scale: of the common factor by which all correspondences are too far apart.
+        edge_sigma: of one point of the mask's edge, image px.
+        edges_together: such points that count as one.
+        mask_growth: of what a mask is too large or small by all round, share of the crop's side.
+        least_growth: the same in px, where that is more.
+        covariance: factor from the least squares' covariance to that of the true errors.
+    """
+
+    pair_sigma: float = 1.3
+    pairs_together: float = 200.0
+    pair_scale: float = 0.02
+    edge_sigma: float = 0.5
+    edges_together: float = 4.0
+    mask_growth: float = 0.017
+    least_growth: float = 1.0
+    covariance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """An object at a pose in an image.
+
+    Attributes:
+        view: the object rendered at ``T_cam_obj``.
+        T_cam_obj: (4, 4) where the step begins.
+        mask: (H, W) bool, the pixels that are shown to the network.
+        segment: (H, W) bool, the mask whose edge is used; None: no contour.
+        prior: (6, 6) covariance of ``T_cam_obj``, if it is to count; in the order of ROS.
+    """
+
+    view: PosedView
+    T_cam_obj: np.ndarray
+    mask: np.ndarray
+    segment: np.ndarray | None = None
+    prior: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pose after a step.
+
+    Attributes:
+        T_cam_obj: (4, 4). covariance: (6, 6) in the order of ROS.
+        agreement: 0..1, how well image and view agree where both show the object.
+        covered: share of the mask's patches that correspondences reach.
+        explained: share of the view's patches that have correspondences in the image.
+        inliers: correspondences that agree with the pose. inlier_ratio: their share.
+        moved: length of the step in standard deviations of its result.
+        weights: per term how much each measurement counted.
+    """
+
+    T_cam_obj: np.ndarray
+    covariance: np.ndarray
+    agreement: float
+    covered: float
+    explained: float
+    inliers: int
+    inlier_ratio: float
+    moved: float
+    weights: Mapping[str, np.ndarray]
+
+
+def refine_step(
+    network: Network,
+    rgb: np.ndarray,
+    K: np.ndarray,
+    looks: Sequence[Look],
+    blacken: bool = True,
+    weights: Weights | None = None,
+) -> list[Step | None]:
+    """One step for several objects, or several poses of one, in one pass through the network.
+
+    Args:
+        network: the passes.
+        rgb: (H, W, 3) uint8 of an undistorted camera (see `picopose_ros.geometry.rectify.straighten`).
+        K: (3, 3) its intrinsics.
+        looks: where to begin.
+        blacken: black out what is outside a look's mask, as the preset wants it.
+        weights: the measured ones if None.
+
+    Returns:
+        Per look the step, or None where the image doesn't fix the pose.
+    """
+    weights = weights or Weights()
+    crops = _Crops(rgb, blacken)
+    ready: list[tuple[int, np.ndarray]] = []
+    for i, look in enumerate(looks):
+        if look.mask.any():
+            affine = look.view.affine(look.T_cam_obj, K, crops.of(look.mask).M_crop_img)
+            if affine is not None:
+                ready.append((i, affine))
+    steps: list[Step | None] = [None] * len(looks)
+    if not ready:
+        return steps
+    with torch.inference_mode():
+        features = network.encode(np.stack([crop.input for crop in crops.all()]))
+        for start in range(0, len(ready), network.max_pairs):
+            part = ready[start : start + network.max_pairs]
+            own = [crops.of(looks[i].mask) for i, _ in part]
+            rows = torch.tensor([crop.row for crop in own], device=network.device)
+            query = features.select(rows)
+            template = network.encode(np.stack([looks[i].view.input for i, _ in part]))
+            patches = patch_masks(np.stack([looks[i].view.crop.mask for i, _ in part]))
+            affines = network.upload(np.stack([affine for _, affine in part]).astype(np.float32))
+            state = network.start(affines, network.upload(patches))
+            state = network.offsets(state, query, template)[-1]
+            alike = _alikeness(
+                query.descriptors,
+                template.descriptors,
+                affines,
+                network.upload(patch_masks(np.stack([crop.mask for crop in own]))),
+                network.upload(patches),
+            )
+            found = [t.float().cpu().numpy() for t in (state.flow, state.certainty[:, 0], alike)]
+            for k, (i, _) in enumerate(part):
+                flow, certainty, agreement = (one[k] for one in found)
+                steps[i] = _solve(looks[i], K, own[k], flow, certainty, float(agreement), weights)
+    return steps
+
+
+@dataclass(frozen=True)
+class _Crop:
+    row: int
+    input: np.ndarray
+    mask: np.ndarray
+    M_crop_img: np.ndarray
+
+
+class _Crops:
+    """The crops of the masks of an image, each made once."""
+
+    def __init__(self, rgb: np.ndarray, blacken: bool) -> None:
+        self._rgb, self._blacken = rgb, blacken
+        self._made: dict[int, _Crop] = {}
+
+    def of(self, mask: np.ndarray) -> _Crop:
+        """The crop of a mask; the same array is the same mask."""
+        if id(mask) not in self._made:
+            box = crop_box_from_mask(mask)
+            crop, inside = crop_rgb(self._rgb, box), crop_mask(mask, box)
+            if self._blacken:
+                crop = mask_background(crop, inside)
+            self._made[id(mask)] = _Crop(len(self._made), crop, inside, box.content())
+        return self._made[id(mask)]
+
+    def all(self) -> list[_Crop]:
+        """In the order of their rows."""
+        return list(self._made.values())
+
+
+def _solve(
+    look: Look,
+    K: np.ndarray,
+    crop: _Crop,
+    flow: np.ndarray,
+    certainty: np.ndarray,
+    agreement: float,
+    weights: Weights,
+) -> Step | None:
+    """The pose from the network's output and the mask's edge."""
+    view = look.view
+    pairs = decode_correspondences(
+        flow, certainty, crop.M_crop_img, view.crop.points_consistent, view.T_view_obj, "subpixel", crop.mask
+    )
+    if len(pairs) < _MIN_PAIRS:
+        return None
+    few = pairs.select(np.arange(0, len(pairs), max(len(pairs) // _PAIRS, 1)))
+    scale = float(crop.M_crop_img[0, 0])
+    terms: dict[str, Term] = {
+        "pairs": Reprojections(
+            few.uv,
+            few.xyz,
+            K,
+            weights.pair_sigma / scale,
+            together=max(weights.pairs_together * len(few) / len(pairs), 1.0),
+            scale_sigma=weights.pair_scale,
+        )
+    }
+    if look.prior is not None:
+        terms["prior"] = Prior(look.T_cam_obj, look.prior)
+    pose, solution = look.T_cam_obj, None
+    for cutoff in _CUTOFFS:
+        terms["pairs"] = replace(terms["pairs"], cutoff=cutoff)
+        solution = solve(pose, terms)
+        if solution is None:
+            return None
+        pose = solution.T_cam_obj
+    if look.segment is not None:
+        distance = signed_distance(look.segment)
+        for reach in _REACHES:
+            edges = _mask_edges(view, distance, pose, K, reach, CROP_SIZE / scale, weights)
+            better = None if edges is None else solve(pose, {**terms, "contour": edges})
+            if better is None:
+                break
+            pose, solution = better.T_cam_obj, better
+    return _step(look, K, crop, pairs, solution, agreement, weights)
+
+
+def _mask_edges(
+    view: PosedView,
+    distance: np.ndarray,
+    pose: np.ndarray,
+    K: np.ndarray,
+    reach: float,
+    side: float,
+    weights: Weights,
+) -> Edges | None:
+    """The edge of a mask, whose `signed_distance` is given, along the normals of the view's contour."""
+    height, width = distance.shape
+    contour = view.contour(_CONTOUR_POINTS)
+    origin, normal = contour_lines(contour, view.T_view_obj, pose, view.K, K)
+    offset, cosine = mask_edges(distance, origin, normal, max(reach * side, _LEAST_REACH_PX))
+    at = origin + normal * np.nan_to_num(offset)[:, None]
+    inside = (at.min(1) > _BORDER_PX) & (at < [width - 1 - _BORDER_PX, height - 1 - _BORDER_PX]).all(1)
+    good = np.isfinite(offset) & inside & (cosine > _MIN_COSINE)
+    if good.sum() < _MIN_EDGES:
+        return None
+    return Edges(
+        contour.xyz[good],
+        K,
+        origin[good],
+        normal[good],
+        offset[good],
+        np.full(int(good.sum()), weights.edge_sigma),
+        together=weights.edges_together,
+        growth_sigma=max(weights.mask_growth * side, weights.least_growth),
+    )
+
+
+def _step(
+    look: Look,
+    K: np.ndarray,
+    crop: _Crop,
+    pairs: Correspondences,
+    solution: Solution,
+    agreement: float,
+    weights: Weights,
+) -> Step | None:
+    T = solution.T_cam_obj
+    points = pairs.xyz @ T[:3, :3].T + T[:3, 3]
+    if points[:, 2].min() <= 0:
+        return None
+    scale = float(crop.M_crop_img[0, 0])
+    uv = points[:, :2] / points[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
+    inlier = np.linalg.norm(uv - pairs.uv, axis=1) * scale < _INLIER_CROP_PX
+    covariance = solution.covariance * weights.covariance
+    motion = pose_error(look.T_cam_obj, T)
+    reached = (pairs.uv[inlier] @ crop.M_crop_img[:2, :2].T + crop.M_crop_img[:2, 2]) / CROP_SIZE
+    T_view = look.view.T_view_obj
+    seen = pairs.xyz[inlier] @ T_view[:3, :3].T + T_view[:3, 3]
+    shown = seen[:, :2] / seen[:, 2:] * [look.view.K[0, 0], look.view.K[1, 1]] + look.view.K[:2, 2]
+    box = look.view.crop.box
+    return Step(
+        T_cam_obj=T,
+        covariance=covariance,
+        agreement=float(np.clip(agreement, 0.0, 1.0)),
+        covered=_share(crop.mask, reached),
+        explained=_share(look.view.crop.mask, (shown - [box.left, box.top]) / box.side),
+        inliers=int(inlier.sum()),
+        inlier_ratio=float(inlier.mean()),
+        moved=float(np.sqrt(motion @ np.linalg.solve(covariance, motion))),
+        weights=solution.weights,
+    )
+
+
+def _share(mask: np.ndarray, places: np.ndarray) -> float:
+    """Share of the patches of a crop's mask (224, 224) that hold one of the places (n, 2) in 0..1."""
+    patch = CROP_SIZE // _PATCHES
+    squares = mask.astype(np.uint8).reshape(_PATCHES, patch, _PATCHES, patch)
+    visible = squares.mean((1, 3)) >= 0.5
+    if not visible.any():  # a thin one: every patch it touches
+        visible = squares.any((1, 3))
+    x, y = (places * _PATCHES).astype(int).clip(0, _PATCHES - 1).T
+    reached = np.zeros_like(visible)
+    reached[y, x] = True
+    return float((reached & visible).sum() / max(visible.sum(), 1))
+
+
+def _alikeness(
+    query: torch.Tensor,
+    view: torch.Tensor,
+    affines: torch.Tensor,
+    query_patches: torch.Tensor,
+    view_patches: torch.Tensor,
+) -> torch.Tensor:
+    """(B,) mean cosine of descriptors of a view's patches and of the query at the same places.
+
+    Args:
+        query, view: (B, C, 256) descriptors. affines: (B, 3, 3) view's crop px -> query's.
+        query_patches, view_patches: (B, 16, 16). 0 where the two share none.
+    """
+    axis = torch.arange(_PATCHES, device=affines.device, dtype=affines.dtype)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    patch = CROP_SIZE / _PATCHES
+    centres = (torch.stack([x, y]).flatten(1) + 0.5) * patch - 0.5
+    at = (affines[:, :2, :2] @ centres + affines[:, :2, 2:] + 0.5) / patch - 0.5
+    at = at.unflatten(2, (_PATCHES, _PATCHES))
+    seen = sample_at(query.float().unflatten(2, (_PATCHES, _PATCHES)), at).flatten(2)
+    cosine = torch.nn.functional.cosine_similarity(seen, view.float(), dim=1)
+    both = (sample_at(query_patches[:, None].float(), at)[:, 0] * view_patches).flatten(1)
+    return (cosine * both).sum(1) / both.sum(1).clamp_min(1e-6)

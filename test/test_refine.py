@@ -1,0 +1,240 @@
+"""Refinement with the packaged weights: poses get better; what cannot be refined stays and says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import trimesh
+from oracle import OracleModel
+from scipy.spatial.transform import Rotation
+
+from picopose_ros.errors import ConfigError
+from picopose_ros.estimation import refine as refine_module
+from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
+from picopose_ros.estimation.refine_step import Look, Step, Weights
+from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.least_squares import moved
+from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
+from picopose_ros.model import load_model
+from picopose_ros.segmentation import Segment
+from picopose_ros.templates.bank import TemplateBank, build_bank
+from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
+from picopose_ros.templates.renderer import MeshRenderer
+
+SIZE = (640, 480)
+K = np.array([[600.0, 0, 325], [0, 605, 238], [0, 0, 1]])
+CAMERA = CameraModel(K, *SIZE)
+LENS = CameraModel(K, *SIZE, "plumb_bob", (-0.25, 0.08, 0.001, -0.002, 0.0))
+OFF = np.array([0.004, -0.003, 0.018, 0.06, -0.05, 0.07])
+"""By how much the poses to begin with are off: 3 % in depth, 6 degrees."""
+
+
+def _pose(vector: tuple[float, float, float], shift: tuple[float, float, float]) -> np.ndarray:
+    return make_transform(Rotation.from_rotvec(vector).as_matrix(), shift)
+
+
+class World:
+    """A brick and a bar in front of a coloured wall, and an estimator that can refine them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meshes: dict[str, ObjectMesh] = {}
+        for name, extents in {"brick": (0.06, 0.08, 0.11), "bar": (0.03, 0.05, 0.14)}.items():
+            mesh = trimesh.creation.box(extents).subdivide().subdivide()
+            colours = np.random.default_rng(len(name)).integers(0, 255, (len(mesh.vertices), 3))
+            mesh.visual.vertex_colors = np.c_[colours, np.full(len(colours), 255)].astype(np.uint8)
+            mesh.export(folder / f"{name}.ply")
+            self.meshes[name] = load_object(ObjectSpec(name, folder / f"{name}.ply"))
+        foil = trimesh.Trimesh([[0, 0, 0], [0.1, 0, 0], [0, 0.1, 0]], [[0, 1, 2]], process=False)
+        foil.export(folder / "foil.ply")
+        banks = {name: build_bank(mesh, OracleModel(), 42) for name, mesh in self.meshes.items()}
+        banks["foil"] = replace(banks["bar"], class_id="foil", spec=ObjectSpec("foil", folder / "foil.ply"))
+        banks["nameless"] = replace(banks["bar"], class_id="nameless", spec=None)
+        self.banks: dict[str, TemplateBank] = banks
+        self.truth = {
+            "brick": _pose((0.4, -0.8, 0.5), (-0.12, 0.02, 0.6)),
+            "bar": _pose((-1.2, 0.3, 0.1), (0.06, -0.04, 0.55)),
+        }
+        rng = np.random.default_rng(0)
+        wall = cv2.resize(rng.uniform(0, 255, (9, 12, 3)).astype(np.float32), SIZE).astype(np.uint8)
+        with MeshRenderer(antialias=True) as renderer:
+            placed = [(self.meshes[name], T) for name, T in self.truth.items()]
+            view = renderer.render_scene(placed, K, *SIZE)
+            self.masks = {n: renderer.render(self.meshes[n], T, K, *SIZE).mask for n, T in self.truth.items()}
+        self.rgb = np.where(view.mask[..., None], view.rgb, wall)
+        self.estimator = PoseEstimator(
+            load_model("tiny"), banks, EstimatorSettings(precision="fp32", refinements=2)
+        )
+
+    def segments(self, change=lambda mask: mask) -> list[Segment]:
+        return [Segment(name, 1.0, change(self.masks[name])) for name in self.truth]
+
+    def poses(self, off: np.ndarray = OFF) -> list[ObjectPose]:
+        return [pose_of(name, moved(T, off), i) for i, (name, T) in enumerate(self.truth.items())]
+
+    def misses(self, poses: list[ObjectPose]) -> tuple[float, float, float]:
+        """Largest mean distance in diameters, turn in degrees, share of the depth."""
+        worst = np.zeros(3)
+        for pose in poses:
+            T, mesh = self.truth[pose.class_id], self.meshes[pose.class_id]
+            apart = mesh.vertices @ (pose.T_cam_obj - T)[:3, :3].T + (pose.T_cam_obj - T)[:3, 3]
+            worst = np.maximum(
+                worst,
+                [
+                    np.linalg.norm(apart, axis=1).mean() / mesh.diameter,
+                    rotation_angle_deg(pose.T_cam_obj[:3, :3], T[:3, :3]),
+                    abs(pose.T_cam_obj[2, 3] / T[2, 3] - 1),
+                ],
+            )
+        return tuple(worst)
+
+
+def pose_of(name: str, T: np.ndarray, segment: int = 0) -> ObjectPose:
+    return ObjectPose(
+        name, T, 0.5, np.eye(6), "offsets", segment, 1.0, 0, 50, 0.9, 0.8, np.zeros(3), np.full(3, 0.1)
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("refine"))
+
+
+def test_poses_get_better_and_say_by_how_many_rounds(world: World) -> None:
+    before = world.poses()
+    result = world.estimator.refine(world.rgb, CAMERA, before, world.segments())
+    assert world.misses(before)[0] > 0.1
+    assert result.unrefined == [] and all(1 <= pose.refinements <= 2 for pose in result.poses)
+    add, turn, depth = world.misses(result.poses)
+    assert add < 0.035 and turn < 1.5 and depth < 0.01
+    assert [pose.class_id for pose in result.poses] == ["brick", "bar"]
+    assert result.timings["refine"] > 0
+
+
+def test_the_covariance_is_of_the_size_of_the_errors(world: World) -> None:
+    for pose in world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments()).poses:
+        sigma = np.sqrt(np.diag(pose.covariance))
+        assert 1e-4 < sigma[2] < 0.01 and 1e-4 < sigma[:2].max() < 0.003
+        assert np.radians(0.05) < sigma[3:].max() < np.radians(4)
+        assert np.linalg.eigvalsh(pose.covariance).min() > 0
+
+
+@pytest.mark.parametrize("grown", [-5, 7])
+def test_masks_that_are_too_large_or_small_all_round_do_little_harm(world: World, grown: int) -> None:
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (abs(grown), abs(grown)))
+    change = cv2.dilate if grown > 0 else cv2.erode
+    segments = world.segments(lambda mask: change(mask.astype(np.uint8), kernel) > 0)
+    add, turn, depth = world.misses(world.estimator.refine(world.rgb, CAMERA, world.poses(), segments).poses)
+    assert add < 0.065 and turn < 2.0 and depth < 0.02
+
+
+def test_without_segments_the_silhouettes_are_the_masks(world: World) -> None:
+    result = world.estimator.refine(world.rgb, CAMERA, world.poses())
+    assert result.unrefined == []
+    assert world.misses(result.poses)[0] < 0.06
+
+
+def test_a_lens_is_taken_out_first(world: World) -> None:
+    v, u = np.indices(SIZE[::-1], np.float64)
+    straight = LENS.undistort_points(np.stack([u.ravel(), v.ravel()], 1)).reshape(*u.shape, 2)
+    maps = [np.nan_to_num(straight[..., i], nan=-1).astype(np.float32) for i in range(2)]
+    rgb = cv2.remap(world.rgb, *maps, cv2.INTER_LINEAR)
+    segments = world.segments(lambda mask: cv2.remap(mask.astype(np.uint8), *maps, cv2.INTER_NEAREST) > 0)
+    add, turn, _ = world.misses(world.estimator.refine(rgb, LENS, world.poses(), segments).poses)
+    assert add < 0.04 and turn < 2.0
+
+
+def test_what_cannot_be_refined_stays_and_says_why(world: World) -> None:
+    good, bar = world.poses()
+    behind = replace(bar, T_cam_obj=make_transform(bar.T_cam_obj[:3, :3], [0, 0, -0.5]))
+    around = replace(bar, T_cam_obj=make_transform(bar.T_cam_obj[:3, :3], [0, 0, 0.05]))
+    edge_on = pose_of("foil", _pose((np.pi / 2, 0, 0), (-0.05, 0, 0.5)), 1)
+    elsewhere = replace(bar, segment=0)
+    nameless = replace(bar, class_id="nameless")
+    asked = [good, behind, around, edge_on, elsewhere, nameless]
+    result = world.estimator.refine(world.rgb, CAMERA, asked, world.segments())
+    assert len(result.poses) == len(asked) and len(result.unrefined) == 5
+    for pose, given in zip(result.poses[1:], asked[1:]):
+        assert pose is given
+    assert result.poses[0].refinements > 0
+    for (segment, reason), pose, said in zip(
+        result.unrefined,
+        asked[1:],
+        ("behind the camera", "inside the object", "thickness", "another place", "names no mesh"),
+    ):
+        assert segment == pose.segment and said in reason
+
+
+def test_poses_of_nothing_that_is_known_are_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match="no object is called 'cup'"):
+        world.estimator.refine(world.rgb, CAMERA, [pose_of("cup", np.eye(4))])
+    with pytest.raises(ConfigError, match="segment 7"):
+        world.estimator.refine(world.rgb, CAMERA, [pose_of("bar", np.eye(4), 7)], world.segments())
+
+
+def _step(T: np.ndarray, agreement: float, moved: float = 9.0) -> Step:
+    return Step(T, np.eye(6), agreement, 1.0, 1.0, 100, 1.0, moved, {})
+
+
+def _shifted(x: float) -> np.ndarray:
+    return make_transform(np.eye(3), [x, 0, 0.6])
+
+
+def _run(
+    monkeypatch: pytest.MonkeyPatch, world: World, starts: int, rounds: int, answer
+) -> tuple[Refined | str, list[list[float]]]:
+    """Refinement with given answers of the steps; the result, and where each round looked (x, in metres)."""
+    seen: list[list[float]] = []
+
+    def steps(
+        network, rgb, K, looks: list[Look], blacken: bool, weights: Weights | None
+    ) -> list[Step | None]:
+        seen.append([round(float(look.T_cam_obj[0, 3]), 4) for look in looks])
+        return [answer(float(look.T_cam_obj[0, 3]), len(seen)) for look in looks]
+
+    monkeypatch.setattr(refine_module, "refine_step", steps)
+    mask = np.zeros(SIZE[::-1], bool)
+    mask[213:263, 310:385] = True
+    task = Task("bar", mask, tuple(Start(_shifted(0.01 * i), 1.0 - 0.1 * i) for i in range(starts)))
+    views = world.estimator._views
+    return refine_poses(None, views, world.rgb, K, [task], rounds)[0], seen
+
+
+def test_half_of_the_hypotheses_drop_out_each_round(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """The third start agrees best, and goes on from where its steps led."""
+    found, seen = _run(monkeypatch, world, 5, 3, lambda x, n: _step(_shifted(x + 0.001), 0.5 + 10 * x))
+    assert seen == [[0.0, 0.01, 0.02], [0.021, 0.011], [0.022]]
+    assert isinstance(found, Refined)
+    assert found.start == 2 and found.rounds == 3
+    assert found.step.T_cam_obj[0, 3] == pytest.approx(0.023)
+
+
+def test_it_ends_when_steps_are_smaller_than_their_uncertainty(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    found, seen = _run(
+        monkeypatch, world, 1, 8, lambda x, n: _step(_shifted(x + 0.001), 0.5, 9.0 if n < 3 else 0.5)
+    )
+    assert len(seen) == 3
+    assert isinstance(found, Refined) and found.rounds == 3
+
+
+def test_a_jump_to_another_pose_is_not_taken(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    half_turn = make_transform(Rotation.from_rotvec([0, 0, np.pi]).as_matrix(), [0, 0, 0.6])
+    found, _ = _run(monkeypatch, world, 1, 2, lambda x, n: _step(half_turn, 0.9))
+    assert isinstance(found, str) and "another pose" in found
+
+
+def test_a_step_that_fails_later_keeps_what_was_reached(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    found, seen = _run(
+        monkeypatch, world, 1, 4, lambda x, n: _step(_shifted(x + 0.001), 0.5) if n == 1 else None
+    )
+    assert len(seen) == 2
+    assert isinstance(found, Refined) and found.rounds == 1
+    assert found.step.T_cam_obj[0, 3] == pytest.approx(0.001)
