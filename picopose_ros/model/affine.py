@@ -65,18 +65,22 @@ def patch_centres(like: Tensor) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
-def fit_matches(target: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_matches(
+    target: Tensor, confidence: Tensor, source: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The similarity transform that most template patches' matches agree on.
 
     Iteratively reweighted least squares with a redescending weight that tightens round by round, so that
     many matches may be wrong.
 
     Args:
-        target: (B, 256, 2) crop px (x, y) of each template patch's match. confidence: (B, 256) in 0..1.
+        target: (B, P, 2) crop px (x, y) of each template patch's match. confidence: (B, P) in 0..1.
+        source: (B, P, 2) crop px of these template patches' centres; None: all 256, row-major.
     Returns:
-        Linear part (B, 2, 2) and shift (B, 2), crop px; weight (B, 256) of each patch in the last fit.
+        Linear part (B, 2, 2) and shift (B, 2), crop px; weight (B, P) of each patch in the last fit.
     """
-    source = patch_centres(target).expand(len(target), -1, -1)
+    if source is None:
+        source = patch_centres(target).expand(target.shape[0], -1, -1)  # an exporter follows no len()
     weight = confidence
     linear, shift = _fit_similarity(source, target, weight)
     for scale_px in _FIT_SCALES_PX:
@@ -116,7 +120,7 @@ def soft_correspondence_map(
 
     # Sharper than the probabilities: a match counts by how much better it is than its rivals.
     confidence = (similarity * 2 / temperature).softmax(2).amax(2) ** 2 * inside
-    source, target = pixels.expand(len(query), -1, -1), pixels[similarity.argmax(2)]
+    source, target = pixels.expand(query.shape[0], -1, -1), pixels[similarity.argmax(2)]
     linear, shift, weight = fit_matches(target, confidence)
     residual = target - source @ linear.transpose(1, 2) - shift[:, None]
 
@@ -150,7 +154,7 @@ def compose_affine(translation: Tensor, scale: Tensor, cos_sin: Tensor, centre: 
     cos, sin = cos_sin[:, 0], cos_sin[:, 1]
     linear = scale[:, None, None] * torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
     shift = centre + CELL * translation - (linear @ centre[:, :, None])[:, :, 0]
-    matrix = torch.zeros(len(scale), 3, 3, dtype=linear.dtype, device=linear.device)
+    matrix = torch.zeros(scale.shape[0], 3, 3, dtype=linear.dtype, device=linear.device)
     matrix[:, :2, :2] = linear
     matrix[:, :2, 2] = shift
     matrix[:, 2, 2] = 1

@@ -30,14 +30,24 @@ def match_agreement(
     """
     if len(cells) == 0:
         return query.new_zeros(len(bank), dtype=torch.float32)
-    similarity = torch.bmm(bank.to(query.dtype).transpose(1, 2), query.expand(len(bank), -1, -1)).float()
-    best = similarity.amax(2, keepdim=True)
-    # Stage 2's confidence: the largest of the softmax, squared.
-    confidence = ((similarity - best) * (2 / temperature)).exp_().sum(2).reciprocal_().square_() * bank_mask
+    # Patches outside a template's mask count for nothing, so nothing is computed of them: those inside come
+    # first, as many as in the template with most; what fills the others up is masked. Only on a CPU: asking
+    # an accelerator for the number means waiting for it.
+    count = bank_mask.shape[1]
+    if bank_mask.device.type == "cpu":
+        count = max(int(bank_mask.sum(1).amax()), 1)
+    inside = bank_mask.argsort(dim=1, descending=True, stable=True)[:, :count]
+    mask = bank_mask.gather(1, inside)
+    bank = bank.gather(2, inside[:, None].expand(-1, bank.shape[1], -1)).to(query.dtype)
+    similarity = torch.bmm(bank.transpose(1, 2), query.expand(len(bank), -1, -1)).float()
+    best, match = similarity.max(2, keepdim=True)
     pixels = patch_centres(query)
     own = pixels[cells]
-    linear, shift, _ = fit_matches(own[similarity.argmax(2)], confidence)
-    matched = similarity.masked_fill_(bank_mask[:, :, None] == 0, -1.0).argmax(1)
-    moved = pixels @ linear.transpose(1, 2) + shift[:, None]
+    matched = similarity.masked_fill(mask[:, :, None] == 0, -1.0).argmax(1)
+    # Stage 2's confidence: the largest of the softmax, squared.
+    confidence = similarity.sub_(best).mul_(2 / temperature).exp_().sum(2).reciprocal_().square_() * mask
+    source = pixels[inside]
+    linear, shift, _ = fit_matches(own[match[..., 0]], confidence, source)
+    moved = source @ linear.transpose(1, 2) + shift[:, None]
     squared = (moved.gather(1, matched[..., None].expand(-1, -1, 2)) - own).square().sum(2)
     return (_SCALE_PX**2 / (_SCALE_PX**2 + squared)).square().mean(1)
