@@ -40,6 +40,8 @@ class ViTBackbone(nn.Module):
 
 def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """A convolution and its batch normalisation (by running statistics) as one, and its activation."""
+    if not isinstance(norm, nn.BatchNorm2d):  # it is part of the convolution already (`fold_norms`)
+        return norm(conv(x))
     gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
     padding = conv.padding

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from picopose_ros.model.affine import compose_affine, initial_flow
 from picopose_ros.model.config import GRIDS
 from picopose_ros.model.features import Features
+from picopose_ros.model.folding import fold_norms, folded
 from picopose_ros.model.matching import bank_scores
 from picopose_ros.model.offsets import (
     Head,
@@ -141,11 +142,12 @@ class Refining:
 class FastStages:
     """A network's stages, arranged for inference on the device that the network is on.
 
-    It keeps folded copies of stage 3's weights: make a new one when the network's weights change.
+    It keeps folded copies of convolutions' weights: make a new one when the network's weights change.
 
     Attributes:
         model: the network, a `PicoPose` (which makes these stages, so that its type is not imported here).
         schedule: what is done to be fast.
+        folded: backbone and pyramid without batch normalisations.
         pairs_at_once: pairs in a pass beyond which nothing is gained.
     """
 
@@ -153,6 +155,7 @@ class FastStages:
         self.model = model
         self.schedule = schedule or Schedule()
         with torch.no_grad():
+            self.folded = fold_norms(model.backbone), fold_norms(model.pyramid)
             self._blocks = [_FastBlock(block, self.schedule) for block in model.offsets.blocks]
         self.pairs_at_once = 2**16
         if next(model.parameters()).device.type == "cpu":
@@ -160,13 +163,17 @@ class FastStages:
 
     def encode(self, rgb: Tensor) -> Features:
         """Encode normalised crops (B, 3, 224, 224)."""
-        return self.model.encode(rgb)
+        return self.model.described(self.folded[0](rgb))
 
     def query(self, features: Features) -> Prepared:
         """What stage 3 needs of segments."""
-        maps = self.model.pyramid(features.taps)
+        maps = self.folded[1](features.taps)
         maps = tuple(block.project(level) for block, level in zip(self._blocks, maps))
         return Prepared(features.descriptors, maps)
+
+    def features(self, crops: Tensor) -> Prepared:
+        """What all stages need of normalised crops (B, 3, 224, 224), of segments or templates."""
+        return self.query(self.encode(crops))
 
     def template(self, features: Features) -> Prepared:
         """What stages 2 and 3 need of templates, without :meth:`parts`."""
@@ -258,16 +265,6 @@ class _Conv:
         return F.relu_(x) if self._relu else x
 
 
-def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution and the normalisation behind it."""
-    weight, bias = conv.weight.detach(), conv.bias.detach()
-    if isinstance(norm, nn.BatchNorm2d):
-        gain = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-        bias = (bias - norm.running_mean) * gain + norm.bias.detach()
-        weight = weight * gain[:, None, None, None]
-    return weight, bias
-
-
 class _FastBlock:
     """`OffsetBlock` for inference.
 
@@ -281,7 +278,7 @@ class _FastBlock:
         encoder = block.encoder
 
         def conv(layer: nn.Conv2d, norm: nn.Module, relu: bool = True) -> _Conv:
-            return _Conv(*_folded(layer, norm), schedule, relu)
+            return _Conv(*folded(layer, norm), schedule, relu)
 
         self._project = conv(*block.proj, relu=False)
         self._corr = [conv(*pair) for pair in zip(encoder.corr, encoder.norms[:2])]
@@ -289,14 +286,14 @@ class _FastBlock:
         self._motion = conv(encoder.out, encoder.norms[4])
 
         heads = (block.flow_head, block.certainty_head)
-        firsts = [_folded(head.layers[0], head.norms[0]) for head in heads]
+        firsts = [folded(head.layers[0], head.norms[0]) for head in heads]
         merged = [torch.cat(tensors) for tensors in zip(*firsts)]
         self._widths = [len(bias) for _, bias in firsts]
         self._both: _Conv | None = None
         weight, bias = merged
         if isinstance(block.trunk, nn.Sequential):
             self._both = _Conv(*merged, schedule, relu=True)
-            weight, bias = _folded(block.trunk[0], block.trunk[1])
+            weight, bias = folded(block.trunk[0], block.trunk[1])
         self.width = len(bias)
         dim = block.proj[0].out_channels
         # The first convolution behind the concatenation, split: the template's share and the others'.
@@ -358,7 +355,7 @@ class _FastBlock:
 def _tail(head: Head, schedule: Schedule) -> Callable[[Tensor], Tensor]:
     """What follows a head's first convolution."""
     convs = [
-        _Conv(*_folded(layer, norm), schedule, relu=True)
+        _Conv(*folded(layer, norm), schedule, relu=True)
         for layer, norm in zip(head.layers[1:], head.norms[1:])
     ]
     convs.append(_Conv(head.predict.weight.detach(), head.predict.bias.detach(), schedule))

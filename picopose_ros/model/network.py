@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,8 @@ class PicoPose(nn.Module):
         self.config = config
         # Slope and offset of the confidence's `Calibration`; measured, and kept with the weights.
         self.calibration: tuple[float, float] = (1.0, 0.0)
+        # What computes :meth:`descriptors` in place of this module, for who onboards by another backend.
+        self.encoder: Callable[[Tensor], Tensor] | None = None
         tap_dims = config.backbone.tap_dims
         self.backbone = make_backbone(config.backbone)
         if config.match_dim:
@@ -84,7 +87,14 @@ class PicoPose(nn.Module):
 
     def encode(self, rgb: Tensor) -> Features:
         """Encode normalised crops (B, 3, 224, 224), channels in BGR order."""
-        taps = self.backbone(rgb)
+        return self.described(self.backbone(rgb))
+
+    def descriptors(self, rgb: Tensor) -> Tensor:
+        """What a bank keeps of normalised crops (B, 3, 224, 224): (B, C, 256) unit vectors."""
+        return self.encode(rgb).descriptors if self.encoder is None else self.encoder(rgb)
+
+    def described(self, taps: tuple[Tensor, ...]) -> Features:
+        """The features of crops whose taps are known."""
         last = self.match_head(taps[-1]) if self.config.match_dim else taps[-1]
         return Features(taps, F.normalize(last.flatten(2).float(), dim=1, eps=1e-12))
 
