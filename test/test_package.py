@@ -27,6 +27,7 @@ THIRD_PARTY = {
     "numpy": ("numpy", ("python3-numpy",)),
     "OpenGL": ("pyrender", ("python3-pyrender-pip",)),
     "PIL": ("pyrender", ("python3-pyrender-pip",)),
+    "collada": ("pycollada", ("python3-collada",)),
     "pyrender": ("pyrender", ("python3-pyrender-pip",)),
     "rosbags": ("rosbags", ("python3-rosbags-pip",)),
     "safetensors": ("safetensors", ("python3-timm-pip",)),
