@@ -52,11 +52,13 @@ def test_the_short_run_writes_its_tables_and_plots(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     text = document.read_text()
     assert text.startswith("# Fast\n\nbefore\n") and text.endswith("\nafter\n") and "outworn" not in text
-    assert "these figures mean nothing" in text and "## Hundreds of objects" in text
+    report = (tmp_path / "parts" / "report.md").read_text()
+    assert "these figures mean nothing" in text and "## Hundreds of objects" in report
+    assert "## Hundreds of objects" not in text, "settings are not chosen by it"
     assert "not measured" in done.stdout and "TARGETS MISSED" not in done.stdout
-    picture = cv2.imread(str(tmp_path / "fast_cpu_hundreds.png"))
+    picture = cv2.imread(str(tmp_path / "parts" / "cpu_hundreds.png"))
     assert picture is not None and picture.min() < 60, "something is drawn"
-    assert "(fast_cpu_hundreds.png)" in text
+    assert "(cpu_hundreds.png)" in report
     facts = json.loads((tmp_path / "parts" / "cpu" / "hundreds.json").read_text())["about"]
     assert facts["threads"] == 1 and facts["quick"] and facts["commit"] and facts["torch"]
 

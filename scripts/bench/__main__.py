@@ -24,6 +24,7 @@ PARTS = {
     "ablation": "estimating",
     "tiny": "estimating",
     "precision": "estimating",
+    "backends": "estimating",
     "accuracy": "accuracy",
     "memory": "memory",
     "onboarding": "onboarding",
@@ -88,7 +89,7 @@ def up_to_date(name: str, options: Options) -> bool:
 def main(args: argparse.Namespace) -> int:
     """Measure what is missing, then write the document."""
     import torch
-    from document import read_parts, say_targets, write_document
+    from document import read_parts, say_targets, write_document, write_report
     from measure import Options
 
     from picopose_ros.errors import ConfigError
@@ -118,6 +119,7 @@ def main(args: argparse.Namespace) -> int:
     found = read_parts(options.folder)
     parts = {key: found[key] for name in PARTS for key in found if key.endswith(f"/{name}")}
     print(f"\n{say_targets(parts)}\n\ntook {time.perf_counter() - begin:.0f} s")
+    print(f"all tables: {write_report(parts, options.folder)}")
     if not args.no_document:
         write_document(parts, args.document)
         print(f"written: {args.document}")

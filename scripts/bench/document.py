@@ -15,6 +15,9 @@ from picopose_ros.errors import ConfigError
 from picopose_ros.evaluation.report import table, write_atomically
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+DECIDING = ("Backends", "Accuracy against time")
+"""Titles of the tables that a reader chooses settings by: they stand in the document, the report has all."""
+REPORT = "report.md"
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,16 @@ def say_targets(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def section(parts: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str]) -> str:
-    """The measured section, Markdown."""
+def section(
+    parts: Mapping[str, Mapping[str, Any]],
+    pictures: Mapping[str, str] | None = None,
+    titles: Sequence[str] | None = None,
+) -> str:
+    """Targets, tables, pictures and circumstances, Markdown.
+
+    Args:
+        parts: what was measured. pictures: title -> file. titles: only these tables; None: all.
+    """
     lines = [BEGIN, ""]
     if any(part["about"]["quick"] for part in parts.values()):
         lines += ["**Made with --quick: these figures mean nothing.**", ""]
@@ -129,11 +140,13 @@ def section(parts: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str])
     ]
     for part in parts.values():
         for one in part["tables"]:
+            if titles is not None and one["title"] not in titles:
+                continue
             lines += [f"## {one['title']}", ""]
             if one["note"]:
                 lines += [one["note"], ""]
             lines += [table(one["head"], one["rows"]), ""]
-    for title, name in pictures.items():
+    for title, name in (pictures or {}).items():
         lines += [f"## {title}", "", f"![{title}]({name})", ""]
     lines += ["## How it was measured", "", _circumstances(parts), "", END]
     return "\n".join(lines)
@@ -153,7 +166,7 @@ def _circumstances(parts: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_document(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Replace the measured section of a document, and the pictures beside it.
+    """Replace the measured section of a document: targets, and the tables that settings are chosen by.
 
     Raises:
         ConfigError: the document has no place for it, or can't be written.
@@ -161,15 +174,22 @@ def write_document(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     text = path.read_text() if path.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ConfigError(f"{path} has no measured section: put {BEGIN} and {END} into it, once each")
+    before, rest = text.split(BEGIN)
+    write_atomically(path, before + section(parts, titles=DECIDING) + rest.split(END)[1])
+
+
+def write_report(parts: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+    """Everything that was measured, and pictures beside it; the report's path."""
     pictures = {}
     for name, part in parts.items():
         if part["plots"]:
             device, kind = name.split("/")
-            file = f"{path.stem}_{device}_{kind}.png".replace("curves_", "")
-            write_sheet([_plot(one) for one in part["plots"]], path.parent / file)
+            file = f"{device}_{kind}.png".replace("curves_", "")
+            write_sheet([_plot(one) for one in part["plots"]], folder / file)
             pictures[part["about"]["part"].replace("curves_", "Scaling, ")] = file
-    before, rest = text.split(BEGIN)
-    write_atomically(path, before + section(parts, pictures) + rest.split(END)[1])
+    path = folder / REPORT
+    write_atomically(path, f"# Performance: all tables\n\n{section(parts, pictures)}\n")
+    return path
 
 
 def _plot(plain: Mapping[str, Any]) -> Plot:

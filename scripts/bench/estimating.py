@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
@@ -13,8 +15,9 @@ from measure import Found, Options, Table, Times, interleave, matrix_peak, ratio
 from networks import random_network, vit_gflop
 from simulated import simulated_banks, simulated_image
 
-from picopose_ros.estimator import EstimatorSettings, PoseEstimator, resolve_precision
+from picopose_ros.estimator import Backend, EstimatorSettings, ObjectPose, PoseEstimator, resolve_precision
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
+from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Schedule
 
@@ -256,3 +259,53 @@ def precision(options: Options) -> Found:
     auto = str(resolve_precision("auto", torch.device(options.device))).removeprefix("torch.")
     note = f"`auto` is {auto} here. 5 hypotheses, known templates; milliseconds, median (least-most)."
     return Found({}, [Table("Precision", ["", "ms", "times as fast as fp32"], rows, note)])
+
+
+def backends(options: Options) -> Found:
+    """Every stage in PyTorch and with ONNX Runtime, in turn."""
+    title = "Backends"
+    if importlib.util.find_spec("onnxruntime") is None:
+        note = "Not measured: ONNX Runtime isn't installed (`pip install onnxruntime onnx onnxscript`)."
+        return Found({}, [Table(title, ["", *STAGES], [], note)])
+    model = load_model("tiny", device=options.device)
+    found = onboarded(options, model)
+    _, scenes = load_scenes(options, found, 2 if options.quick else 12)
+    precision = "fp32" if options.device == "cpu" else "fp16"
+    estimators = {
+        name: PoseEstimator(
+            model, found.banks, EstimatorSettings(precision=precision, backend=name), options.device
+        )
+        for name in get_args(Backend)
+    }
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in estimators}
+    poses: dict[str, list[list[ObjectPose]]] = {name: [] for name in estimators}
+    for scene in scenes:
+        image = image_of(scene)
+        for keep in (False, True):  # known templates count
+            for name, one in estimators.items():
+                result = one.estimate(*image)
+                if keep:
+                    laps[name].append(result.timings)
+                    poses[name].append(result.poses)
+    rows = [
+        [name, *(f"{np.median([lap[stage] for lap in own]):.1f}" for stage in STAGES)]
+        for name, own in laps.items()
+    ]
+    plain, other = (laps[name] for name in estimators)
+    ratios = [np.median([b[stage] / max(a[stage], 1e-3) for a, b in zip(plain, other)]) for stage in STAGES]
+    rows.append(["onnxruntime / torch", *(f"{value:.2f}" for value in ratios)])
+    pairs = [
+        (a.T_cam_obj, b.T_cam_obj)
+        for own, others in zip(*poses.values())
+        for a, b in zip(own, others)
+        if a.segment == b.segment
+    ]
+    turn = np.median([rotation_angle_deg(a[:3, :3], b[:3, :3]) for a, b in pairs])
+    shift = np.median([np.linalg.norm(a[:3, 3] - b[:3, 3]) for a, b in pairs])
+    note = (
+        f"`tiny` in {precision}, {len(scenes)} rendered images with one segment, 5 hypotheses, known "
+        "templates; milliseconds, medians, both backends in turn on every image; the last row is the "
+        f"median of the ratios. The poses differ by {turn:.4f} degrees and {1000 * shift:.4f} mm at the "
+        "median."
+    )
+    return Found({}, [Table(title, ["", *STAGES], rows, note)])
