@@ -199,7 +199,22 @@ def load_estimator(args: argparse.Namespace) -> PoseEstimator:
             hypotheses=args.hypotheses,
             progress=True,
             **refinements(args),
+            backend=getattr(args, "backend", "torch"),
+            onnx_dir=str(getattr(args, "onnx_dir", None) or ""),
         )
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """What runs the network."""
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        choices=("torch", "onnxruntime"),
+        help="what runs the network: torch (default), or onnxruntime where it is faster; installed apart",
+    )
+    parser.add_argument(
+        "--onnx-dir", type=Path, help="folder of `picopose export`; by default made when needed, and cached"
+    )
 
 
 def load_network(args: argparse.Namespace) -> tuple[PicoPose, torch.device]:

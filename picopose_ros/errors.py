@@ -46,3 +46,7 @@ class BagError(PicoPoseError):
 
 class DatasetError(PicoPoseError):
     """A BOP dataset or a results file that cannot be used."""
+
+
+class ExportError(PicoPoseError):
+    """A network that cannot be exported, or an exported one that cannot be used."""

@@ -39,8 +39,8 @@ THIRD_PARTY = {
     "trimesh": ("trimesh", ("python3-trimesh-pip",)),
     "yaml": ("PyYAML", ("python3-yaml",)),
 }
-# What only training needs: an extra of pyproject.toml, and nothing that a robot installs.
-OPTIONAL = {"webdataset": "webdataset"}
+# Extras of pyproject.toml: what only training needs, and the other backend.
+OPTIONAL = {"onnxruntime": "onnxruntime", "webdataset": "webdataset"}
 BY_HAND = {"bop_toolkit_lib": "docs/bop.md"}
 """Optional, and on no package index: the document that says how to install it."""
 ROS = {

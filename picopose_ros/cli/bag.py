@@ -17,6 +17,7 @@ from typing import Any
 from rosbags.interfaces import Connection
 
 from picopose_ros.arguments import (
+    add_backend_arguments,
     add_onboarding_arguments,
     add_refinements,
     fraction,
@@ -388,6 +389,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="rosbag2 folder to make")
     parser.add_argument("--meshes", type=Path, required=True, help="folder with one mesh per object")
     add_onboarding_arguments(parser)
+    add_backend_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
     add_refinements(parser)
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from picopose_ros.arguments import (
     CLASS_HELP,
+    add_backend_arguments,
     add_onboarding_arguments,
     add_refinements,
     blaming,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--meshes", required=True, type=Path, metavar="DIR", help="folder with one mesh per object"
     )
     add_onboarding_arguments(parser)
+    add_backend_arguments(parser)
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
     add_refinements(parser)
     parser.add_argument(

@@ -35,6 +35,7 @@ COMMANDS = {
     "segments-from-masks": Command("picopose_ros.cli.masks", "pictures of masks as segments in JSON"),
     "segments-from-cnos": Command("picopose_ros.cli.segments", "masks that CNOS found, for the node"),
     "convert": Command("picopose_ros.cli.convert", "published weights as this package reads them"),
+    "export": Command("picopose_ros.cli.export", "the network as ONNX files, compared with PyTorch"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
     "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
     "eval": Command("picopose_ros.cli.eval", "how good the poses are: several measurements"),

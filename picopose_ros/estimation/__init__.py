@@ -4,6 +4,7 @@
 batches), retrieval, regression, solving, choosing. Settings and results are small data classes.
 """
 
+from picopose_ros.estimation.backends import encode_by
 from picopose_ros.estimation.estimator import PoseEstimator
 from picopose_ros.estimation.queries import Query
 from picopose_ros.estimation.results import (
@@ -14,9 +15,16 @@ from picopose_ros.estimation.results import (
     ObjectPose,
     SegmentTrace,
 )
-from picopose_ros.estimation.settings import EstimatorSettings, Precision, resolve_precision, torch_device
+from picopose_ros.estimation.settings import (
+    Backend,
+    EstimatorSettings,
+    Precision,
+    resolve_precision,
+    torch_device,
+)
 
 __all__ = [
+    "Backend",
     "Choice",
     "EstimateResult",
     "EstimatorSettings",
@@ -27,6 +35,7 @@ __all__ = [
     "Precision",
     "Query",
     "SegmentTrace",
+    "encode_by",
     "resolve_precision",
     "torch_device",
 ]

@@ -13,6 +13,7 @@ import torch
 
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation import regression
+from picopose_ros.estimation.backends import encode_by
 from picopose_ros.estimation.choosing import MIN_INLIERS, choose_pose
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimation.passes import Network
@@ -28,7 +29,7 @@ from picopose_ros.estimation.results import (
     StageClock,
 )
 from picopose_ros.estimation.retrieval import choose_templates
-from picopose_ros.estimation.settings import EstimatorSettings, Precision, torch_device
+from picopose_ros.estimation.settings import Backend, EstimatorSettings, Precision, torch_device
 from picopose_ros.estimation.solving import SolvedHypothesis, place_template, solve_hypothesis
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.rectify import straighten
@@ -92,6 +93,8 @@ class PoseEstimator:
         progress: bool | Progress = False,
         precision: Precision = "auto",
         refinements: int = EstimatorSettings.refinements,
+        backend: Backend = "torch",
+        onnx_dir: str = "",
     ) -> PoseEstimator:
         """Load the network and onboard the objects of a folder.
 
@@ -107,12 +110,20 @@ class PoseEstimator:
                 ends the loading.
             precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
             refinements: most rounds of refinement, 0 to 8.
+            backend, onnx_dir: see `EstimatorSettings`.
 
         Raises:
             MeshError, CheckpointError, ConfigError, RenderError: what can't be used, where and what to do.
         """
-        settings = EstimatorSettings(hypotheses, precision=precision, refinements=refinements)
+        settings = EstimatorSettings(
+            hypotheses,
+            precision=precision,
+            refinements=refinements,
+            backend=backend,
+            onnx_dir=onnx_dir,
+        )
         model = load_model(preset, weights, torch_device(device))
+        encode_by(model, torch_device(device), backend, onnx_dir, precision)
         onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
         aliases = {
             alias: class_id
@@ -298,6 +309,8 @@ class PoseEstimator:
             settings.precision,
             self._schedule,
             settings.compile,
+            settings.backend,
+            settings.onnx_dir,
         )
 
     def _crop(

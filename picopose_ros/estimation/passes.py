@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picopose_ros.estimation.backends import make_stages
 from picopose_ros.estimation.batching import Compiled, TemplateCache, filled
 from picopose_ros.estimation.queries import Query
-from picopose_ros.estimation.settings import Precision, resolve_precision
+from picopose_ros.estimation.settings import Backend, Precision, resolve_precision
 from picopose_ros.model import PicoPose
 from picopose_ros.model.config import GRIDS
-from picopose_ros.model.fast import FastStages, Prepared, Refining, Schedule
+from picopose_ros.model.fast import Prepared, Refining, Schedule
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.templates.bank import TemplateBank
 
@@ -49,6 +50,8 @@ class Network:
         precision: Precision = "auto",
         schedule: Schedule | None = None,
         compile: str = "",
+        backend: Backend = "torch",
+        onnx_dir: str = "",
     ) -> None:
         """Copy the banks' descriptors and masks to the device.
 
@@ -62,16 +65,20 @@ class Network:
             schedule: which optimisations are on; all if None.
             compile: a backend of `torch.compile` for the encoder, the template features and stage 3; "" for
                 none.
+            backend, onnx_dir: see `EstimatorSettings`.
+
+        Raises:
+            ConfigError, ExportError: the backend can't be used here.
         """
         self.device = device
         self.dtype = resolve_precision(precision, device)
         self._model = model
-        self._stages: FastStages = model.fast(schedule)
+        self._stages = make_stages(model, device, backend, onnx_dir, precision, schedule)
         self.max_batch = max_batch
         self.max_pairs = min(max_batch, self._stages.pairs_at_once)
         self._compiles = bool(compile)
         stages = self._stages
-        self._features: Callable[[Tensor], Prepared] = lambda crops: stages.query(stages.encode(crops))
+        self._features: Callable[[Tensor], Prepared] = stages.features
         self._template_parts = stages.parts
         # One function per grid: a compiler keeps few versions of each.
         self._refine = [partial(stages.refine, level) for level in range(len(GRIDS))]

@@ -16,6 +16,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_REFINEMENTS = 8
 """Rounds of refinement beyond which nothing was ever gained."""
 
+Backend = Literal["torch", "onnxruntime"]
+"""What runs the network; see `EstimatorSettings`."""
+
 
 @dataclass(frozen=True)
 class EstimatorSettings:
@@ -43,6 +46,10 @@ class EstimatorSettings:
             coarser grids; 0: all of them.
         compile: a backend of `torch.compile` (``inductor``, ``cudagraphs``) for the network, or "" for none.
             Batches are filled up to the sizes that :meth:`PoseEstimator.warm_up` compiles in minutes.
+        backend: what runs the network: ``torch``, or ``onnxruntime`` for the parts that it is faster at on
+            the device, if it is installed.
+        onnx_dir: for ``onnxruntime``, a folder written by ``picopose export`` for this preset and weights; ""
+            exports into the user's cache folder when it is first needed.
         keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
     """
 
@@ -59,6 +66,8 @@ class EstimatorSettings:
     precision: Precision = "auto"
     prune: int = 0
     compile: str = ""
+    backend: Backend = "torch"
+    onnx_dir: str = ""
     keep_background: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +86,10 @@ class EstimatorSettings:
         if self.compile and self.compile not in torch._dynamo.list_backends(()):
             known = ", ".join(torch._dynamo.list_backends())
             raise ConfigError(f"compile is '{self.compile}', choose one of {known}, or '' for none")
+        if self.backend not in get_args(Backend):
+            raise ConfigError(f"backend is '{self.backend}', choose one of {', '.join(get_args(Backend))}")
+        if self.compile and self.backend != "torch":
+            raise ConfigError(f"compile is '{self.compile}', which only goes with the backend 'torch'")
         if self.decode not in ("reference", "subpixel"):
             raise ConfigError(f"decode is '{self.decode}', choose 'subpixel' or 'reference'")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from picopose_ros.errors import ConfigError
-from picopose_ros.estimator import EstimateResult, EstimatorSettings, PoseEstimator
+from picopose_ros.estimator import EstimateResult, EstimatorSettings, PoseEstimator, encode_by
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.messages.answers import Judged, judge
 from picopose_ros.model import PicoPose, load_model
@@ -69,6 +69,7 @@ class Engine:
         """
         p = self._parameters
         self._model = load_model(p.preset, p.weights, torch.device(self.device))
+        encode_by(self._model, torch.device(self.device), p.backend, p.onnx_dir, p.precision)
         objects = self._folder.load(self._model, self.device, tell)
         if p.segmentation_input == "mask" and objects.class_of(p.mask_class) is None:
             known = ", ".join(sorted({*objects.banks, *objects.aliases}))
@@ -96,6 +97,8 @@ class Engine:
                 prune=p.prune,
                 precision=p.precision,
                 compile=p.compile,
+                backend=p.backend,
+                onnx_dir=p.onnx_dir,
                 template_cache_mb=p.template_cache_mb,
             )
             self._estimator = PoseEstimator(

@@ -21,7 +21,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError, MeshError
-from picopose_ros.estimator import Precision
+from picopose_ros.estimator import Backend, Precision
 from picopose_ros.instances import SmoothingSettings
 from picopose_ros.messages.answers import MIN_SCORE
 from picopose_ros.templates.meshes import resolve_path
@@ -160,6 +160,19 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "What the network computes in: auto takes fp16 on CUDA, bf16 on a CPU with matrix units for it, else "
         "fp32.",
         choices=get_args(Precision),
+    ),
+    ParameterSpec(
+        "backend",
+        "torch",
+        "What runs the network: torch, or onnxruntime for the parts that it is faster at on the device; that "
+        "is installed separately (pip install onnxruntime onnx onnxscript).",
+        choices=get_args(Backend),
+    ),
+    ParameterSpec(
+        "onnx_dir",
+        "",
+        "For the backend onnxruntime, a folder written by picopose export for this preset and weights; "
+        "empty: configuring exports into the user's cache folder the first time.",
     ),
     ParameterSpec(
         "compile",
@@ -317,6 +330,8 @@ class NodeParameters:
     prune: int
     precision: Precision
     compile: str
+    backend: Backend
+    onnx_dir: str
     template_cache_mb: int
     min_score: float
     segmentation_input: str

@@ -91,8 +91,7 @@ def build_bank(
             if stop is not None and stop.is_set():
                 raise Stopped(mesh.spec.class_id)
             with _ENCODING, torch.inference_mode():
-                features = model.encode(batch.to(device))
-                descriptors.append(features.descriptors.half().cpu().numpy())
+                descriptors.append(model.descriptors(batch.to(device)).half().cpu().numpy())
             crops += part
             bar.update(len(part))
 
