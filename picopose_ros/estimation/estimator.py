@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from picopose_ros.errors import ConfigError
+from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.estimation import regression
 from picopose_ros.estimation.backends import encode_by
 from picopose_ros.estimation.choosing import MIN_INLIERS, choose_pose
@@ -19,6 +19,7 @@ from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.queries import Query, check_image, make_queries
 from picopose_ros.estimation.refine import Refined, Start, Task, quality, refine_poses
+from picopose_ros.estimation.refine_step import Look, Step, refine_step
 from picopose_ros.estimation.results import (
     Choice,
     EstimateResult,
@@ -37,7 +38,7 @@ from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import Progress, TemplateBank, onboard
-from picopose_ros.templates.posed import PosedViews
+from picopose_ros.templates.posed import PosedView, PosedViews
 
 
 class PoseEstimator:
@@ -286,6 +287,23 @@ class PoseEstimator:
             for query, own in zip(queries, solved):
                 traces[query.index] = self._trace(query, own, self._prefixes(query, own, camera), camera)
         return traces
+
+    def render(self, wanted: Sequence[tuple[str, np.ndarray]]) -> list[PosedView | PicoPoseError]:
+        """Views of objects (class id of a bank) at poses ``T_cam_obj`` (4, 4), or why there is none."""
+        return self._views.render(wanted)
+
+    def compare(self, rgb: np.ndarray, K: np.ndarray, looks: Sequence[Look]) -> list[Step | None]:
+        """One step of refinement for each look, see `refine_step`.
+
+        Args:
+            rgb: (H, W, 3) uint8 of an undistorted camera with intrinsics ``K`` (3, 3).
+        """
+        blacken = self.model.config.mask_background and not self.settings.keep_background
+        return refine_step(self._network, rgb, K, looks, blacken)
+
+    def score(self, step: Step) -> float:
+        """The confidence of a pose that such a step led to."""
+        return float(np.clip(self._calibration.apply(quality(step)), 0.0, 1.0))
 
     def answer(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> ObjectPose | None:
         """What would be published with this hypothesis alone, be it the network's or a changed one."""

@@ -1,0 +1,273 @@
+"""Following on rendered sequences with the packaged weights, and its decisions with steps that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import trimesh
+from scipy.spatial.transform import Rotation
+
+from picopose_ros.estimation.follow import Follower, FollowSettings, Image, Verdict
+from picopose_ros.estimation.refine_step import Look, Step
+from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.least_squares import moved
+from picopose_ros.geometry.poses import invert_transform, make_transform, rotation_angle_deg
+from picopose_ros.model import load_model
+from picopose_ros.templates.bank import build_bank
+from picopose_ros.templates.meshes import ObjectSpec, load_object
+from picopose_ros.templates.renderer import MeshRenderer
+
+WIDTH, HEIGHT = 320, 240
+K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
+CAMERA = CameraModel(K, WIDTH, HEIGHT)
+EXTENTS = {"brick": (0.06, 0.08, 0.11), "bar": (0.03, 0.05, 0.14)}
+PERIOD = 0.1
+TIGHT = np.diag([1e-6] * 2 + [1e-5] + [1e-4] * 3)
+
+
+def at(x: float, y: float, z: float = 0.5, turn: Sequence[float] = (0.4, -0.8, 0.5)) -> np.ndarray:
+    return make_transform(Rotation.from_rotvec(turn).as_matrix(), [x, y, z])
+
+
+def pose_of(name: str, T: np.ndarray) -> ObjectPose:
+    size = np.array(EXTENTS[name])
+    return ObjectPose(name, T, 0.9, TIGHT, "offsets", 0, 1.0, 0, 50, 0.9, 0.8, np.zeros(3), size)
+
+
+class World:
+    """A brick and a bar in front of a wall."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meshes = {}
+        for name, extents in EXTENTS.items():
+            mesh = trimesh.creation.box(extents).subdivide().subdivide()
+            colours = np.random.default_rng(len(name)).integers(0, 255, (len(mesh.vertices), 3))
+            mesh.visual.vertex_colors = np.c_[colours, np.full(len(colours), 255)].astype(np.uint8)
+            mesh.export(folder / f"{name}.ply")
+            self.meshes[name] = load_object(ObjectSpec(name, folder / f"{name}.ply"))
+        model = load_model("tiny")
+        banks = {name: build_bank(mesh, model, 42) for name, mesh in self.meshes.items()}
+        self.estimator = PoseEstimator(model, banks, EstimatorSettings(precision="fp32"))
+        noise = np.random.default_rng(0).uniform(0, 255, (9, 12, 3)).astype(np.float32)
+        self.wall = cv2.resize(noise, (WIDTH, HEIGHT)).astype(np.uint8)
+        self.renderer = MeshRenderer(antialias=True)
+
+    def image(self, *placed: tuple[str, np.ndarray]) -> np.ndarray:
+        view = self.renderer.render_scene([(self.meshes[n], T) for n, T in placed], K, WIDTH, HEIGHT)
+        return np.where(view.mask[..., None], view.rgb, self.wall)
+
+    def follower(self, *seen: tuple[str, np.ndarray], **settings: float) -> Follower:
+        """Follows objects, called ``brick_0`` and so on, that a mask showed at 0 s."""
+        follower = Follower(self.estimator, FollowSettings(**settings))
+        for i, (name, T) in enumerate(seen):
+            follower.see(f"{name}_{i}", pose_of(name, T), 0.0)
+        return follower
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("follow"))
+
+
+def off(T: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """Metres and degrees between two poses."""
+    return float(np.linalg.norm(T[:3, 3] - true[:3, 3])), rotation_angle_deg(T[:3, :3], true[:3, :3])
+
+
+MOTION = np.array([0.08, -0.04, 0.1, 0.4, 0.7, -0.3])
+"""Per second: 13 cm and 49 degrees."""
+
+
+def test_two_objects_are_followed_at_once(world: World) -> None:
+    start = [at(-0.07, 0.02), at(0.06, 0.0, 0.45, (-0.5, 0.9, 0.2))]
+    follower = world.follower(*(("brick", T) for T in start))
+    for n in range(1, 7):
+        true = [moved(T, MOTION * n * PERIOD) for T in start]
+        found = follower.step(world.image(*(("brick", T) for T in true)), CAMERA, n * PERIOD)
+        assert [one.key for one in found] == ["brick_0", "brick_1"]
+        for one, T in zip(found, true):
+            assert one.verdict is not Verdict.LOST, one
+            away, turn = off(one.pose.T_cam_obj, T)
+            assert away < 0.03 and turn < 15, one
+            assert np.linalg.eigvalsh(one.pose.covariance).min() > 0
+    status = follower.status["brick_1"]
+    assert status.seen == 0
+    assert status.stamp == pytest.approx(0.6)
+
+
+def test_what_tf_says_of_the_camera_is_used(world: World) -> None:
+    """The camera turns by 12 degrees between two images: the object is elsewhere in the second one."""
+    T_fixed_cam = make_transform(Rotation.from_rotvec([0, 0.2, 0]).as_matrix(), [0.02, 0, 0])
+    true = invert_transform(T_fixed_cam) @ at(0.03, 0)
+    follower = Follower(world.estimator)
+    follower.see("a", pose_of("brick", at(0.03, 0)), 0.0, np.eye(4))
+    (found,) = follower.step(world.image(("brick", true)), CAMERA, PERIOD, T_fixed_cam)
+    assert found.verdict is Verdict.FOLLOWED
+    assert off(found.pose.T_cam_obj, true)[0] < 0.01
+
+
+def test_it_is_lost_where_it_isnt_and_found_again_near_to_that(world: World) -> None:
+    T = at(0.0, 0.0)
+    follower = world.follower(("brick", T))
+    (gone,) = follower.step(world.image(("bar", at(0.5, 0.5))), CAMERA, 0.1)
+    assert gone.verdict is not Verdict.FOLLOWED and gone.reason
+    (gone,) = follower.step(world.image(("bar", at(0.5, 0.5))), CAMERA, 1.5)
+    assert gone.verdict is Verdict.LOST
+    (back,) = follower.step(world.image(("brick", moved(T, np.r_[0.01, 0, 0, 0, 0.1, 0]))), CAMERA, 1.6)
+    assert back.verdict is Verdict.FOLLOWED and not back.reason
+    assert follower.status["brick_0"].since == 1.6
+    # After the time of recovery it is forgotten.
+    follower.step(world.image(("bar", at(0.5, 0.5))), CAMERA, 4.0)
+    follower.step(world.image(("bar", at(0.5, 0.5))), CAMERA, 9.0)
+    assert len(follower) == 0
+
+
+def test_an_object_is_carried_to_the_newest_image_in_as_few_steps_as_needed(world: World) -> None:
+    T = at(-0.06, 0.0)
+    read = []
+
+    def image(n: int) -> Image:
+        def get() -> tuple[np.ndarray, CameraModel]:
+            read.append(n)
+            return world.image(("brick", moved(T, MOTION * n * PERIOD))), CAMERA
+
+        return Image(n * PERIOD, get)
+
+    follower = world.follower(("brick", T))
+    (found,) = follower.carry([image(n) for n in range(4)], ["brick_0"])
+    assert read == [3] and found.verdict is Verdict.FOLLOWED
+    assert off(found.pose.T_cam_obj, moved(T, MOTION * 0.3))[0] < 0.015
+
+
+# Decisions, with steps that are given.
+
+
+class Script:
+    """An estimator whose steps are given: by the pose that it is asked for, a pose and a score."""
+
+    def __init__(
+        self, world: World, answer: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float] | None]
+    ):
+        self._world, self._answer = world, answer
+        self.rendered = 0
+        self.masks: list[np.ndarray] = []
+
+    def render(self, wanted):
+        self.rendered += len(wanted)
+        return self._world.estimator.render(wanted)
+
+    def compare(self, rgb: np.ndarray, K: np.ndarray, looks: Sequence[Look]) -> list[Step | None]:
+        self.masks = [look.mask for look in looks]
+        answers = [self._answer(look.T_cam_obj, look.mask) for look in looks]
+        return [a and Step(a[0], TIGHT, a[1], 1.0, 1.0, 100, 1.0, 1.0, {}) for a in answers]
+
+    def score(self, step: Step) -> float:
+        return step.agreement
+
+
+BLANK = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+
+
+def scripted(world: World, answer, *seen: tuple[str, np.ndarray]) -> tuple[Follower, Script]:
+    script = Script(world, answer)
+    follower = Follower(script)
+    for i, (name, T) in enumerate(seen):
+        follower.see(f"{name}_{i}", pose_of(name, T), 0.0)
+    return follower, script
+
+
+def test_the_last_rendering_is_used_while_the_view_turns_little(world: World) -> None:
+    follower, script = scripted(world, lambda T, mask: (T, 0.9), ("brick", at(0, 0)))
+    for n in range(1, 5):
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    assert script.rendered == 1
+
+
+def test_an_uncertain_object_has_a_larger_covariance_and_is_lost_after_a_while(world: World) -> None:
+    follower, _ = scripted(world, lambda T, mask: (T, 0.4), ("brick", at(0, 0)))
+    (one,) = follower.step(BLANK, CAMERA, 0.5)
+    assert one.verdict is Verdict.UNCERTAIN and "score 0.40" in one.reason
+    assert one.pose.covariance[0, 0] > 5 * TIGHT[0, 0] and one.pose.confidence == 0.4
+    (one,) = follower.step(BLANK, CAMERA, 1.5)
+    assert one.verdict is Verdict.LOST and "more than 1 s" in one.reason
+
+
+def test_what_leaves_the_image_is_lost_at_the_border(world: World) -> None:
+    goal = [at(0.1, 0)]
+    follower, _ = scripted(world, lambda T, mask: (goal[0], 0.9), ("brick", goal[0]))
+    for n in range(1, 12):
+        goal[0] = at(0.1 + 0.03 * n, 0)
+        (one,) = follower.step(BLANK, CAMERA, n * PERIOD)
+        if one.verdict is Verdict.LOST:
+            break
+    assert n > 2 and one.verdict is Verdict.LOST
+    assert "leaves the image" in one.reason
+    # It isn't dragged along outside: half the image is 27 cm wide there.
+    assert one.pose.T_cam_obj[0, 3] < 0.3
+
+
+def test_a_jump_is_not_taken(world: World) -> None:
+    follower, _ = scripted(
+        world, lambda T, mask: (moved(T, np.r_[0.12, 0, 0, 0, 0, 0]), 0.9), ("brick", at(-0.1, 0))
+    )
+    (one,) = follower.step(BLANK, CAMERA, PERIOD)
+    assert one.verdict is Verdict.LOST and "jump" in one.reason
+
+
+def test_an_object_behind_another_is_uncertain_and_its_pixels_are_its_own(world: World) -> None:
+    near, far = at(0.0, 0, 0.4), at(0.1, 0, 0.6)
+    follower, script = scripted(world, lambda T, mask: (T, 0.9), ("brick", near), ("brick", far))
+    follower.step(BLANK, CAMERA, PERIOD)
+    assert not (script.masks[0] & script.masks[1]).any()
+    covered, script = scripted(
+        world, lambda T, mask: (T, 0.9), ("brick", near), ("bar", at(0.0, 0, 0.6, (0, 0, 0)))
+    )
+    _, behind = covered.step(BLANK, CAMERA, PERIOD)
+    assert behind.verdict is Verdict.UNCERTAIN and "covers it" in behind.reason
+    assert len(script.masks) == 1
+
+
+def test_equal_objects_that_come_out_at_one_place_are_not_both_there(world: World) -> None:
+    """The second one's step leads to where the first one is."""
+    here, there = at(-0.03, 0), at(0.045, 0)
+    follower, _ = scripted(world, lambda T, mask: (here, 0.9), ("brick", here), ("brick", there))
+    first, second = follower.step(BLANK, CAMERA, PERIOD)
+    assert first.verdict is Verdict.FOLLOWED
+    assert second.verdict is Verdict.UNCERTAIN and "brick_0 is there" in second.reason
+    assert off(second.pose.T_cam_obj, there)[0] < 1e-6
+
+
+def test_a_late_mask_corrects_only_what_disagrees_beyond_both_uncertainties(world: World) -> None:
+    shift, goal = np.r_[0.01, 0, 0, 0, 0, 0], [at(0, 0)]
+    follower, _ = scripted(world, lambda T, mask: (goal[0], 0.9), ("brick", at(0, 0)))
+    for n in range(1, 4):
+        goal[0] = moved(at(0, 0), n * shift)
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    before = follower.pose_at("brick_0", 0.3)[0]
+    assert not follower.see("brick_0", pose_of("brick", moved(at(0, 0), shift)), 0.1)
+    np.testing.assert_array_equal(follower.pose_at("brick_0", 0.3)[0], before)
+    assert follower.status["brick_0"].seen == 0.1
+    truth = moved(at(0, 0), shift + np.r_[0, 0.02, 0, 0, 0, 0])
+    assert follower.see("brick_0", pose_of("brick", truth), 0.1)
+    now = follower.pose_at("brick_0", 0.3)[0]
+    np.testing.assert_allclose(now[:3, 3] - before[:3, 3], [0, 0.02, 0], atol=1e-9)
+    assert follower.status["brick_0"].stamp == pytest.approx(0.3)
+
+
+def test_poses_of_late_masks_are_matched_with_where_the_objects_were_then(world: World) -> None:
+    """Two bricks pass each other; the mask's image is from when they were still where they began."""
+    left, right = at(-0.1, 0), at(0.1, 0)
+    follower, _ = scripted(world, lambda T, mask: (T, 0.9), ("brick", left), ("brick", right))
+    for key, T in (("brick_0", right), ("brick_1", left)):
+        follower.see(key, pose_of("brick", T), 1.0)
+    poses = [pose_of("brick", right), pose_of("brick", left), pose_of("bar", left)]
+    assert follower.match(poses, 0.0, 0.3) == ["brick_1", "brick_0", None]
+    assert follower.match(poses, 1.0, 0.3) == ["brick_0", "brick_1", None]
+    assert follower.match([pose_of("brick", at(0, 0.1, 1.0))], 0.0, 0.05) == [None]
+    follower.forget(["brick_0"])
+    assert list(follower.status) == ["brick_1"]
