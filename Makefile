@@ -9,6 +9,7 @@
 #   make clean   removes the environments and all build results
 #
 #   ROS=kilted|jazzy            the ROS distribution; each has its own environment
+#   MASKS=own                   `make demo` finds the masks itself (recorded)
 #   DEVICE=cuda                 what `make bench` measures (cpu)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
 #   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
@@ -24,6 +25,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DURATION ?= 600
 DEVICE ?= cpu
+MASKS ?= recorded
 
 ifeq ($(ROS),kilted)
 VENV := .venv
@@ -37,7 +39,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
-	$(wildcard msg/* srv/* launch/* config/* scripts/picopose* plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+	$(wildcard msg/* srv/* launch/* config/* scripts/picopose* scripts/segmenter_node plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
 
 # The messages are generated while torch is being downloaded.
 MAKEFLAGS += --jobs=2
@@ -77,7 +79,7 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	@touch $@
 
 demo: setup
-	$(VENV)/bin/python -m picopose_ros.demo
+	$(VENV)/bin/python -m picopose_ros.demo --masks $(MASKS)
 
 # Hours on two cores, and 9 GB; goes on where it was cut off. Copy runs/tiny/weights.safetensors into the package after.
 train: setup

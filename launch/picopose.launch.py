@@ -1,5 +1,7 @@
 """Start ``picopose_node``: ``ros2 launch picopose_ros picopose.launch.py mesh_dir:=/path/to/meshes``.
 
+With ``segmenter:=true`` also ``segmenter_node``, which finds the masks: a camera and meshes are enough.
+
 ``ros2 launch picopose_ros picopose.launch.py --show-args`` lists the arguments.
 """
 
@@ -28,6 +30,28 @@ TOPICS = {
     "segmentation": "Masks of the objects in them (see segmentation_input).",
     "labels": "Label images, where segmentation_input is detections (sensor_msgs/Image).",
 }
+SEGMENTER_TOPICS = {
+    "boxes": "Boxes of another detector, where proposals is boxes (vision_msgs/Detection2DArray).",
+    "depth": "Depth of the same stamps, where segmenter.depth is set (sensor_msgs/Image).",
+}
+SEGMENTER = {
+    "proposals": ("segmenter.proposals", "Masks without a class: builtin, boxes, sam, sam2 or fastsam."),
+    "proposal_weights": ("segmenter.weights", "Weights of sam, sam2 or fastsam."),
+    "proposal_model": ("segmenter.model", "Which of its networks these are."),
+}
+"""Launch arguments of the segmenter: the parameter, and what it is."""
+SEGMENTER_PROCESS = ("false", "true", "same_process")
+SHARED = (
+    "mesh_dir",
+    "weights",
+    "preset",
+    "device",
+    "cache_dir",
+    "image_transport",
+    "autostart",
+    "use_sim_time",
+)
+"""Parameters that both nodes have."""
 PARAMETERS = {
     "mesh_dir": (str, "Folder with one mesh file, or one folder holding it, per object."),
     "weights": (str, "Checkpoint of the network."),
@@ -57,7 +81,17 @@ def generate_launch_description() -> LaunchDescription:
         ),
         *(
             DeclareLaunchArgument(name, default_value=name, description=f"Topic. {text}")
-            for name, text in TOPICS.items()
+            for name, text in {**TOPICS, **SEGMENTER_TOPICS}.items()
+        ),
+        DeclareLaunchArgument(
+            "segmenter",
+            default_value="false",
+            description="true: also start segmenter_node, which makes the masks; same_process: with both "
+            "nodes in one process.",
+        ),
+        *(
+            DeclareLaunchArgument(name, default_value="", description=f"{text} Empty: as params_file says.")
+            for name, (_, text) in SEGMENTER.items()
         ),
         DeclareLaunchArgument("namespace", default_value="", description="Give each camera its own."),
         DeclareLaunchArgument(
@@ -90,25 +124,44 @@ def _nodes(context: LaunchContext, rviz_config: Path, names: list[str]) -> list[
         for name, value in given.items()
         if value
     }
+    segmenter = LaunchConfiguration("segmenter").perform(context).lower()
+    if segmenter not in SEGMENTER_PROCESS:
+        raise RuntimeError(f"segmenter:={segmenter}: use one of {', '.join(SEGMENTER_PROCESS)}")
+    topics = TOPICS if segmenter == "false" else {**TOPICS, **SEGMENTER_TOPICS}
     common = {
         "namespace": LaunchConfiguration("namespace"),
-        "remappings": [(name, LaunchConfiguration(name)) for name in TOPICS],
+        "remappings": [(name, LaunchConfiguration(name)) for name in topics],
         "output": "screen",
     }
     simulated = {name: value for name, value in overrides.items() if name == "use_sim_time"}
+    process = {
+        "package": PACKAGE,
+        # A node finishes the frame it has in hand; only after that does launch grow impatient.
+        "sigterm_timeout": "12",
+        "respawn": LaunchConfiguration("respawn"),
+        "respawn_delay": 2.0,
+        **common,
+    }
+    own = {
+        parameter: ParameterValue(LaunchConfiguration(name), value_type=str)
+        for name, (parameter, _) in SEGMENTER.items()
+        if LaunchConfiguration(name).perform(context)
+    }
+    file = LaunchConfiguration("params_file")
+    if segmenter == "same_process":
+        # Without a name: it would be given to both nodes.
+        nodes = [
+            Node(executable="picopose_with_segmenter", parameters=[file, {**overrides, **own}], **process)
+        ]
+    else:
+        name = "picopose_node"
+        nodes = [Node(executable=name, name=name, parameters=[file, overrides], **process)]
+    if segmenter == "true":
+        name, shared = "segmenter_node", {key: overrides[key] for key in SHARED if key in overrides}
+        nodes.append(Node(executable=name, name=name, parameters=[file, {**shared, **own}], **process))
     return [
         *(LogInfo(msg=f"WARNING: {sentence}") for sentence in said),
-        Node(
-            package=PACKAGE,
-            executable="picopose_node",
-            name="picopose_node",
-            parameters=[LaunchConfiguration("params_file"), overrides],
-            # The node finishes the frame it has in hand; only after that does launch grow impatient.
-            sigterm_timeout="12",
-            respawn=LaunchConfiguration("respawn"),
-            respawn_delay=2.0,
-            **common,
-        ),
+        *nodes,
         Node(
             package="rviz2",
             executable="rviz2",

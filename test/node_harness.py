@@ -181,6 +181,7 @@ class NodeProcess:
         namespace: of the node.
         parameters: given on the command line.
         environment: variables besides those of this process.
+        nodes: that run in it; picopose_node if none is named.
     """
 
     def __init__(
@@ -190,12 +191,14 @@ class NodeProcess:
         namespace: str,
         parameters: Mapping[str, object],
         environment: Mapping[str, str] | None = None,
+        nodes: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "node.log"
         self.namespace = namespace
         self.domain = domain
-        self._command = [sys.executable, "-m", "picopose_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
+        self._command = [sys.executable, "-m", "picopose_ros.node", *nodes, "--ros-args"]
+        self._command += ["-r", f"__ns:={namespace}"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             self._command += ["-p", f"{name}:={text}"]
@@ -264,11 +267,13 @@ class NodeProcess:
 
 
 @contextmanager
-def running_node(folder: Path, domain: int, namespace: str, **parameters: object) -> Iterator[NodeProcess]:
+def running_node(
+    folder: Path, domain: int, namespace: str, nodes: Sequence[str] = (), **parameters: object
+) -> Iterator[NodeProcess]:
     """A node that is gone at the end, whatever happened."""
     # The tests' networks are untrained: no pose of theirs would reach the default.
     values = {"min_score": 0.0, **parameters}
-    node = NodeProcess(folder, domain, namespace, values, {"OMP_NUM_THREADS": "1"})
+    node = NodeProcess(folder, domain, namespace, values, {"OMP_NUM_THREADS": "1"}, nodes)
     node.start()
     try:
         yield node

@@ -13,7 +13,7 @@ from picopose_ros.errors import ConfigError, SegmentError
 from picopose_ros.messages import detections as module
 from picopose_ros.messages.detections import segments_from_boxes, segments_from_yolo, yolo_message_type
 from picopose_ros.messages.reasons import DropReason
-from picopose_ros.segmentation.boxes import box_mask, polygon_mask
+from picopose_ros.segmentation.boxes import box_mask, cut_out, polygon_mask
 
 HEIGHT, WIDTH = 40, 60
 
@@ -64,6 +64,24 @@ def test_boxes_that_are_none() -> None:
             box_mask((5, 5), size, 0.0, HEIGHT, WIDTH)
 
 
+def test_what_is_cut_out_of_a_box_is_what_is_unlike_its_surroundings() -> None:
+    rng = np.random.default_rng(2)
+    size = 120, 160
+    rows, columns = np.ogrid[: size[0], : size[1]]
+    disc = np.hypot(rows - 60, columns - 80) < 30
+    rgb = np.where(disc[..., None], (200, 60, 40), (90, 110, 100)) + rng.normal(0, 6, (*size, 3))
+    rgb = np.clip(rgb, 0, 255).astype(np.uint8)
+    box = box_mask((80.5, 60.5), (60, 60), 0.0, *size)
+    found = cut_out(rgb, box)
+    assert np.count_nonzero(found & disc) > 0.9 * np.count_nonzero(found | disc)
+    np.testing.assert_array_equal(found, cut_out(rgb, box))
+    assert not (found & ~box).any()
+    # Nothing to tell it from, nothing in it, too little of it: the box stays.
+    for mask in (np.ones(size, bool), box_mask((10.5, 10.5), (1, 1), 0.0, *size), np.zeros(size, bool)):
+        np.testing.assert_array_equal(cut_out(rgb, mask), mask)
+    np.testing.assert_array_equal(cut_out(np.full_like(rgb, 90), box), box)
+
+
 def test_polygons_are_scaled_from_their_own_resolution() -> None:
     corners = np.array([(10, 8), (30, 8), (30, 28), (10, 28)])
     mask = polygon_mask(corners, (HEIGHT, WIDTH), HEIGHT, WIDTH)
@@ -86,9 +104,7 @@ def test_polygons_are_scaled_from_their_own_resolution() -> None:
         ([(1, 1), (20, 20), (1, 20)], (WIDTH, WIDTH), "padded or cut"),
     ],
 )
-def test_polygons_that_are_none(
-    corners: list[tuple[float, float]], size: tuple[int, int], says: str
-) -> None:
+def test_polygons_that_are_none(corners: list[tuple[float, float]], size: tuple[int, int], says: str) -> None:
     with pytest.raises(SegmentError, match=says):
         polygon_mask(corners, size, HEIGHT, WIDTH)
 

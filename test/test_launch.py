@@ -18,6 +18,7 @@ import yaml
 from picopose_ros.errors import ConfigError
 from picopose_ros.launching import check_parameter_file
 from picopose_ros.node.parameters import PARAMETERS
+from picopose_ros.node.segmenter_parameters import SEGMENTER_PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,6 +132,7 @@ def test_every_argument_is_declared_and_described(launch_file: types.ModuleType)
         "image", "camera_info", "segmentation", "labels",
         "params_file", "use_sim_time", "rviz", "segmentation_input", "mask_class", "image_transport",
         "tf_prefix", "target_frame", "autostart",
+        "segmenter", "proposals", "proposal_weights", "proposal_model", "boxes", "depth",
     }  # fmt: skip
     for argument in declared:
         assert len(argument.kwargs["description"]) > 10, argument.args
@@ -141,8 +143,12 @@ def test_without_arguments_the_parameter_file_decides(launch_file: types.ModuleT
     assert node["package"] == "picopose_ros" and node["executable"] == "picopose_node"
     params_file, overrides = node["parameters"]
     assert overrides == {}
-    parameters = yaml.safe_load(Path(params_file).read_text())["/**"]["ros__parameters"]
-    assert set(parameters) == {spec.name for spec in PARAMETERS}
+    # Of this source tree, not of whatever is installed.
+    source = ROOT / "config" / Path(params_file).name
+    parameters = yaml.safe_load(source.read_text())["/**"]["ros__parameters"]
+    assert set(parameters) == {spec.name for spec in (*PARAMETERS, *SEGMENTER_PARAMETERS)}
+    for spec in SEGMENTER_PARAMETERS:
+        assert parameters[spec.name] == spec.default, spec.name
     assert node["namespace"] == ""
     assert all(inner == outer for inner, outer in node["remappings"])
     assert rviz["condition"] == ["false"]
@@ -222,6 +228,28 @@ def test_a_parameter_file_that_can_not_be_read_starts_nothing(
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match="broken.yaml is not valid YAML"):
         actions(launch_file, params_file=str(tmp_path / "broken.yaml"))
+
+
+def test_a_segmenter_beside_the_node(launch_file: types.ModuleType) -> None:
+    given = {"mesh_dir": "meshes", "target_frame": "base", "proposals": "sam", "image": "/cam"}
+    nodes, context = actions(launch_file, segmenter="true", **given)
+    node, segmenter, _ = [resolve(one.kwargs, context) for one in nodes]
+    assert (node["executable"], segmenter["executable"]) == ("picopose_node", "segmenter_node")
+    assert node["parameters"][1] == {"mesh_dir": "meshes", "target_frame": "base"}
+    assert segmenter["parameters"][1] == {"mesh_dir": "meshes", "segmenter.proposals": "sam"}
+    assert node["parameters"][0] == segmenter["parameters"][0]
+    remapped = dict(segmenter["remappings"])
+    assert remapped["image"] == "/cam" and {"boxes", "depth", "segmentation"} <= set(remapped)
+    known = {spec.name for spec in SEGMENTER_PARAMETERS}
+    assert {parameter for parameter, _ in launch_file.SEGMENTER.values()} <= known
+    assert set(launch_file.SHARED) - {"use_sim_time"} <= known & {spec.name for spec in PARAMETERS}
+
+    nodes, context = actions(launch_file, segmenter="same_process", **given)
+    both, _ = [resolve(one.kwargs, context) for one in nodes]
+    assert both["executable"] == "picopose_with_segmenter" and "name" not in both
+    assert both["parameters"][1]["segmenter.proposals"] == "sam"
+    with pytest.raises(RuntimeError, match="segmenter:=yes: use one of false, true, same_process"):
+        actions(launch_file, segmenter="yes")
 
 
 def test_parameters_exist_in_the_node(launch_file: types.ModuleType) -> None:

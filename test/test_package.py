@@ -41,8 +41,13 @@ THIRD_PARTY = {
 }
 # Extras of pyproject.toml: what only training needs, and the other backend.
 OPTIONAL = {"onnxruntime": "onnxruntime", "webdataset": "webdataset"}
-BY_HAND = {"bop_toolkit_lib": "docs/bop.md"}
-"""Optional, and on no package index: the document that says how to install it."""
+BY_HAND = {
+    "bop_toolkit_lib": "docs/bop.md",
+    "sam2": "docs/segmenters.md",
+    "segment_anything": "docs/segmenters.md",
+    "ultralytics": "docs/segmenters.md",
+}
+"""Optional, and for users to install by hand: the document that says how."""
 ROS = {
     "ament_index_python",
     "builtin_interfaces",

@@ -34,6 +34,7 @@ COMMANDS = {
     "images-from-bag": Command("picopose_ros.cli.images", "a recording's images as files, for a segmenter"),
     "segments-from-masks": Command("picopose_ros.cli.masks", "pictures of masks as segments in JSON"),
     "segments-from-cnos": Command("picopose_ros.cli.segments", "masks that CNOS found, for the node"),
+    "segmenter": Command("picopose_ros.cli.segmenter", "masks of the objects in an image, by their meshes"),
     "convert": Command("picopose_ros.cli.convert", "published weights as this package reads them"),
     "export": Command("picopose_ros.cli.export", "the network as ONNX files, compared with PyTorch"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),

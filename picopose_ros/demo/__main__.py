@@ -27,6 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--domain", type=int, help="ROS_DOMAIN_ID, for who wants to watch; by default one that few have"
     )
+    parser.add_argument(
+        "--masks",
+        choices=("recorded", "own"),
+        default="recorded",
+        help="those of the recording, or of this package's segmenter, which sees the images alone",
+    )
     args = parser.parse_args(argv)
     try:
         from picopose_ros.demo.run import run_demo
@@ -39,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.weights is not None:
         options += ["-p", f"weights:={args.weights}"]
     try:
-        report = run_demo(args.out, args.frames, args.seed, args.storage, options, args.domain)
+        report = run_demo(
+            args.out, args.frames, args.seed, args.storage, options, args.domain, args.masks == "own"
+        )
     except PicoPoseError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,8 @@
 
 A process of its own: ``python -m picopose_ros.demo.play BAG``. After every segmentation it waits for the
 node's answer to that image before it goes on, so that a slow machine shows the same frames as a fast one.
+With ``--no-masks`` it leaves the segmentations out, for a segmenter that listens, and waits after every
+image.
 """
 
 from __future__ import annotations
@@ -31,14 +33,19 @@ class Player(Node):
     Args:
         reader: the bag.
         answer_seconds: how long to wait for the answer to one segmentation.
+        masks: whether the segmentations are published.
     """
 
-    def __init__(self, reader: bags.BagReader, answer_seconds: float) -> None:
+    def __init__(self, reader: bags.BagReader, answer_seconds: float, masks: bool = True) -> None:
         super().__init__("bag_player")
         self._reader = reader
         self._answer_seconds = answer_seconds
         self._answered: set[int] = set()
         self._topics = {c.topic: c.msgtype for c in reader.connections if c.msgtype in TYPES}
+        if not masks:
+            self._topics = {topic: kind for topic, kind in self._topics.items() if kind != bags.SEGMENTS}
+        # What completes what is to be answered: the camera_info comes after its image.
+        self._last = bags.SEGMENTS if masks else bags.CAMERA_INFO
         self._publishers_by_topic = {
             topic: self.create_publisher(TYPES[kind], topic, QoSProfile(depth=20))
             for topic, kind in self._topics.items()
@@ -52,18 +59,21 @@ class Player(Node):
         """Wait until somebody listens to each topic; False if nobody came."""
         deadline = time.monotonic() + DISCOVERY_SECONDS
         while time.monotonic() < deadline:
-            if all(p.get_subscription_count() for p in self._publishers_by_topic.values()):
+            counts = {t: p.get_subscription_count() for t, p in self._publishers_by_topic.items()}
+            # Without masks the images are for a segmenter, too.
+            two = self._last == bags.CAMERA_INFO
+            if all(counts[t] > (two and kind == bags.IMAGE) for t, kind in self._topics.items()):
                 return True
             rclpy.spin_once(self, timeout_sec=0.1)
         return False
 
     def play(self) -> int:
-        """Publish everything; returns the number of segmentations without an answer."""
+        """Publish everything; returns the number of images without an answer."""
         missing = 0
         for connection, _, raw in self._reader.raw(list(self._topics)):
             self._publishers_by_topic[connection.topic].publish(bytes(raw))
             rclpy.spin_once(self, timeout_sec=0.0)
-            if connection.msgtype == bags.SEGMENTS:
+            if connection.msgtype == self._last:
                 stamp = bags.stamp_of(self._reader.decode(raw, connection))
                 missing += not self._wait_for(stamp)
         return missing
@@ -82,17 +92,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m picopose_ros.demo.play", description=__doc__)
     parser.add_argument("bag", type=Path)
     parser.add_argument("--answer-seconds", type=float, default=60.0)
+    parser.add_argument("--no-masks", action="store_true", help="leave the segmentations out")
     args = parser.parse_args(argv)
     rclpy.init()
     try:
         with bags.BagReader(args.bag) as reader:
-            player = Player(reader, args.answer_seconds)
+            player = Player(reader, args.answer_seconds, not args.no_masks)
             if not player.wait_for_listeners():
                 print("nobody listens to the bag's topics", file=sys.stderr)
                 return 1
             missing = player.play()
             if missing:
-                print(f"{missing} segmentations had no answer in {args.answer_seconds:g} s", file=sys.stderr)
+                print(f"{missing} images had no answer in {args.answer_seconds:g} s", file=sys.stderr)
             player.destroy_node()
     finally:
         rclpy.try_shutdown()

@@ -25,6 +25,7 @@ from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros.demo.evaluate import Row, compare, honesty, names_kept, read_recording, table
+from picopose_ros.demo.masks import count_segments
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
 from picopose_ros.demo.world import (
@@ -38,7 +39,9 @@ from picopose_ros.demo.world import (
 )
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.evaluation.consistency import Consistency
+from picopose_ros.evaluation.found import FoundCounts
 from picopose_ros.messages import bags
+from picopose_ros.msg import SegmentArray
 from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 
@@ -61,6 +64,7 @@ class DemoReport:
     playing_seconds: float
     honesty: Consistency | None = None  # true errors against the covariances
     names: dict[str, list[str]] = field(default_factory=dict)  # true instance -> its published names
+    segments: FoundCounts | None = None  # of the own segmenter, where it made the masks
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,25 +78,36 @@ class DemoReport:
             "playing_seconds": round(self.playing_seconds, 1),
             "covariance": None if self.honesty is None else self.honesty.as_dict(),
             "names": self.names,
+            "segments": None if self.segments is None else self.segments.as_dict(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
 
 
 class Collector(Node):
-    """Receives what the node publishes, as bytes, by the stamp of the image it belongs to."""
+    """Receives what the node publishes, as bytes, by the stamp of the image it belongs to.
 
-    def __init__(self) -> None:
+    Args:
+        segments: also what a segmenter publishes.
+    """
+
+    def __init__(self, segments: bool = False) -> None:
         super().__init__("demo_collector")
         self.detections: dict[int, bytes] = {}
         self.transforms: list[tuple[int, bytes]] = []
+        self.segments: dict[int, bytes] = {}
         self.latency: dict[str, str] = {}
         depth = QoSProfile(depth=100)
         self.create_subscription(Detection3DArray, DETECTIONS_TOPIC, self._on_detections, depth, raw=True)
         self.create_subscription(TFMessage, "/tf", self._on_tf, depth, raw=True)
+        if segments:
+            self.create_subscription(SegmentArray, SEGMENTATION_TOPIC, self._on_segments, depth, raw=True)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, depth)
 
     def _on_detections(self, raw: bytes) -> None:
         self.detections[bags.stamp_of(deserialize_message(raw, Detection3DArray))] = raw
+
+    def _on_segments(self, raw: bytes) -> None:
+        self.segments[bags.stamp_of(deserialize_message(raw, SegmentArray))] = raw
 
     def _on_tf(self, raw: bytes) -> None:
         transforms = deserialize_message(raw, TFMessage).transforms
@@ -103,6 +118,8 @@ class Collector(Node):
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
+            if not status.name.endswith("pose estimation"):
+                continue
             for value in status.values:
                 stage = re.fullmatch(r"latency_(\w+)_ms", value.key)
                 if stage:
@@ -124,24 +141,31 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+def _for_both(extra: Sequence[str]) -> list[str]:
+    """Of ROS arguments ``-p name:=value`` those that the segmenter has, too."""
+    pairs = zip(extra[::2], extra[1::2])
+    shared = tuple(f"{name}:=" for name in ("viewpoints", "weights", "preset", "device"))
+    return [word for pair in pairs if pair[0] == "-p" and pair[1].startswith(shared) for word in pair]
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, name: str = "picopose_node") -> None:
     """Wait for the node's log line.
 
     Raises:
         PicoPoseError: the node ended, or took too long; with the last lines of its log.
     """
     deadline = time.monotonic() + READY_SECONDS
-    while "picopose_node ready" not in log.read_text(errors="replace"):
+    while f"{name} ready" not in log.read_text(errors="replace"):
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        if "picopose_node stays unconfigured" in tail:
-            raise PicoPoseError(f"picopose_node can't be configured; its log {log} ends:\n{tail}")
+        if f"{name} stays unconfigured" in tail:
+            raise PicoPoseError(f"{name} can't be configured; its log {log} ends:\n{tail}")
         if process.poll() is not None:
             raise PicoPoseError(
-                f"picopose_node ended with exit code {process.returncode}; its log {log} ends:\n{tail}"
+                f"{name} ended with exit code {process.returncode}; its log {log} ends:\n{tail}"
             )
         if time.monotonic() > deadline:
             raise PicoPoseError(
-                f"picopose_node was not ready after {READY_SECONDS:g} s; its log {log} ends:\n{tail}"
+                f"{name} was not ready after {READY_SECONDS:g} s; its log {log} ends:\n{tail}"
             )
         time.sleep(0.2)
 
@@ -201,8 +225,25 @@ def node_command(files: DemoFiles, cache: Path, extra: Sequence[str] = ()) -> li
     ]
 
 
+def segmenter_command(files: DemoFiles, cache: Path, extra: Sequence[str] = ()) -> list[str]:
+    """The command that starts the segmenter on the demo's topics."""
+    return [
+        *(sys.executable, "-m", "picopose_ros.node", "segmenter_node", "--ros-args"),
+        *("-p", f"mesh_dir:={files.meshes}"),
+        *("-p", f"cache_dir:={cache}"),
+        *("-p", "segmenter.rate:=0.0"),
+        *("-r", f"image:={IMAGE_TOPIC}"),
+        *("-r", f"segmentation:={SEGMENTATION_TOPIC}"),
+        *extra,
+    ]
+
+
 def run_node(
-    files: DemoFiles, out: Path, extra: Sequence[str] = (), domain: int | None = None
+    files: DemoFiles,
+    out: Path,
+    extra: Sequence[str] = (),
+    domain: int | None = None,
+    own_masks: bool = False,
 ) -> tuple[Collector, float, float]:
     """Start the node, play the bag into it, collect what it says.
 
@@ -211,6 +252,7 @@ def run_node(
         out: folder for the cache, the node's log and the output bag ``output/``.
         extra: further ROS arguments of the node.
         domain: ROS_DOMAIN_ID; one that hardly anybody else has if None.
+        own_masks: the segmenter of this package runs beside the node; the recording's masks are left out.
 
     Returns:
         The collector, seconds until the node was ready, seconds of playing.
@@ -223,23 +265,28 @@ def run_node(
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     log = out / "node.log"
     rclpy.init(domain_id=domain)
-    collector = Collector()
+    collector = Collector(own_masks)
     started = time.monotonic()
     player: subprocess.Popen[bytes] | None = None
-    with log.open("wb") as stream:
-        node = subprocess.Popen(
-            node_command(files, out / "cache", extra),
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
+    commands = {"picopose_node": (node_command(files, out / "cache", extra), log)}
+    if own_masks:
+        command = segmenter_command(files, out / "cache", _for_both(extra))
+        commands["segmenter_node"] = (command, out / "segmenter.log")
+    nodes: dict[str, subprocess.Popen[bytes]] = {}
     try:
+        for name, (command, path) in commands.items():
+            with path.open("wb") as stream:
+                nodes[name] = subprocess.Popen(
+                    command, env=environment, stdout=stream, stderr=subprocess.STDOUT
+                )
         print(f"node starts and onboards the objects in {files.meshes} (log: {log})", flush=True)
-        _wait_until_ready(node, log)
+        for name, process in nodes.items():
+            _wait_until_ready(process, commands[name][1], name)
         ready = time.monotonic()
         print(f"node ready after {ready - started:.1f} s; playing {files.bag}", flush=True)
+        options = ["--no-masks"] if own_masks else []
         player = subprocess.Popen(
-            [sys.executable, "-m", "picopose_ros.demo.play", str(files.bag)], env=environment
+            [sys.executable, "-m", "picopose_ros.demo.play", str(files.bag), *options], env=environment
         )
         _collect(collector, player, files.frames)
         if player.returncode:
@@ -248,7 +295,7 @@ def run_node(
             )
         return collector, ready - started, time.monotonic() - ready
     finally:
-        for process in (player, node):
+        for process in (player, *nodes.values()):
             if process is not None:
                 _stop(process)
         collector.destroy_node()
@@ -262,6 +309,7 @@ def run_demo(
     storage: str = "mcap",
     extra: Sequence[str] = (),
     domain: int | None = None,
+    own_masks: bool = False,
 ) -> DemoReport:
     """Make the world if needed, run the node on it, compare, print, write pictures and ``report.json``.
 
@@ -271,7 +319,7 @@ def run_demo(
         seed: of the world.
         storage: of the bags.
         extra: further ROS arguments of the node.
-        domain: see :func:`run_node`.
+        domain, own_masks: see :func:`run_node`.
 
     Raises:
         PicoPoseError: the world can't be rendered, or the node or the player failed.
@@ -281,7 +329,7 @@ def run_demo(
     with progress_bar(None, frames, "rendering the world", "frame") as bar:
         files = build_world(out, frames, seed, storage, lambda done, total: bar.update(done - bar.n))
     meshes = load_meshes(files.meshes)
-    collector, onboarding, playing = run_node(files, out, extra, domain)
+    collector, onboarding, playing = run_node(files, out, extra, domain, own_masks)
     output = out / "output"
     write_output_bag(files.bag, output, collector)
 
@@ -300,6 +348,7 @@ def run_demo(
         playing,
         honesty(recording, meshes, files.visible),
         names_kept(recording, files.visible),
+        count_segments(files.bag, files.visible, collector.segments) if own_masks else None,
     )
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=2))
     pictures = write_pictures(output, recording, meshes, out / "pictures", IMAGE_TOPIC, CAMERA)
@@ -310,6 +359,12 @@ def run_demo(
     print(f"{kept} of {len(report.names)} instances had one name all the time")
     for stage, text in report.latency.items():
         print(f"  {stage:<10} {text} ms")
+    if report.segments is not None:
+        own = report.segments
+        print(
+            f"segments: {own.found} of {own.asked} instances found ({own.recall:.2f}), {own.missed} missed, "
+            f"{own.false_per_image:.2f} false per image"
+        )
     if report.honesty is not None:
         print(f"covariances: {report.honesty.pose}")
     print(f"report: {out / 'report.json'}\npictures: {pictures[-1]}\nbag: {output}")

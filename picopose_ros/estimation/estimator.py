@@ -240,7 +240,8 @@ class PoseEstimator:
                 raise ConfigError(f"no object is called '{pose.class_id}'; onboarded are {known}")
             if segments is not None and not 0 <= pose.segment < len(segments):
                 raise ConfigError(f"a pose is of segment {pose.segment}, there are {len(segments)}")
-            mask = None if segments is None else segments[pose.segment].mask
+            segment = None if segments is None else segments[pose.segment]
+            mask = None if segment is None or segment.is_box else segment.mask
             start = Start(np.asarray(pose.T_cam_obj, np.float64), pose.confidence)
             tasks.append(Task(pose.class_id, mask, (start,)))
         refined = self._refine(rgb, camera, tasks, rounds)
@@ -413,7 +414,9 @@ class PoseEstimator:
                     each = [(self._choose(query, [one], camera), one.quality) for one in known]
                     poses, values = zip(*((p, v) for p, v in each if p is not None and p.source == "offsets"))
                 starts = tuple(Start(p.T_cam_obj, v) for p, v in zip(poses, values))
-                tasks.append(Task(query.bank.class_id, query.segment.mask, starts))
+                # Of a box nothing is known but that the object is in it.
+                mask = None if query.segment.is_box else query.segment.mask
+                tasks.append(Task(query.bank.class_id, mask, starts))
                 origins.append((row, place, list(poses)))
         reasons: list[list[str | None]] = [[None] * len(own) for own in answers]
         refined = self._refine(rgb, camera, tasks, self.settings.refinements)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from picopose_ros.errors import CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.crops import crop_box_from_mask, crop_mask, crop_rgb, mask_background
 from picopose_ros.segmentation import Segment
+from picopose_ros.segmentation.boxes import cut_out
 from picopose_ros.templates.bank import TemplateBank
 
 
@@ -68,7 +69,7 @@ def make_queries(
 
     Args:
         rgb: (H, W, 3) uint8.
-        segments: of this image.
+        segments: of this image. Of a box the mask is what in it looks unlike its surroundings (`cut_out`).
         banks: by class id.
         aliases: further class ids of segments -> class id of a bank.
         blacken_background: set the pixels of a crop outside the segment to black.
@@ -81,6 +82,8 @@ def make_queries(
     skipped: list[tuple[int, str]] = []
     height, width = rgb.shape[:2]
     for index, segment in enumerate(segments):
+        if segment.is_box and segment.mask.shape == (height, width):
+            segment = replace(segment, mask=cut_out(rgb, segment.mask))
         bank = banks.get(aliases.get(segment.class_id, segment.class_id))
         pixels = int(segment.mask.sum())
         if bank is None:

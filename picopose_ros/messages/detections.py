@@ -114,3 +114,30 @@ def _keep(segment: Segment, index: int, where: str, good: list[Segment], bad: li
     what = "box" if segment.is_box else "polygon"
     problem = f"{where}: its {what} lies outside the image of {segment.mask.shape[1]}x{segment.mask.shape[0]}"
     bad.append(BadSegment(DropReason.EMPTY_MASK, problem, index))
+
+
+def boxes_without_class(
+    message: Any, height: int, width: int, topic: str
+) -> tuple[tuple[np.ndarray, ...], list[BadSegment]]:
+    """Masks (H, W) bool of the boxes of a ``vision_msgs/Detection2DArray``, whatever is in them.
+
+    Args: as of :func:`segments_from_boxes`.
+
+    Returns:
+        The masks, and the boxes that can't be used.
+    """
+    masks: list[np.ndarray] = []
+    bad: list[BadSegment] = []
+    for index, detection in enumerate(message.detections):
+        box, where = detection.bbox, f"detection {index} on {topic}"
+        try:
+            mask = box_mask(_centre(box), (box.size_x, box.size_y), box.center.theta, height, width)
+        except SegmentError as error:
+            bad.append(BadSegment(DropReason.BAD_SEGMENT, f"{where}: {error}", index))
+            continue
+        if mask.any():
+            masks.append(mask)
+        else:
+            problem = f"{where}: its box lies outside the image of {width}x{height}"
+            bad.append(BadSegment(DropReason.EMPTY_MASK, problem, index))
+    return tuple(masks), bad

@@ -161,6 +161,31 @@ def _bayer_code(encoding: str) -> int:
     return _BAYER_CODES[encoding.rstrip("0123456789")]
 
 
+def depth_to_metres(message: Any, topic: str) -> np.ndarray:
+    """Pixels of a depth Image message in metres.
+
+    Args:
+        message: a ``sensor_msgs/Image``, 16UC1 or mono16 (millimetres) or 32FC1 (metres).
+        topic: where it came from, for the error messages.
+
+    Returns:
+        (H, W) float32, 0 where nothing was measured.
+
+    Raises:
+        ImageError: another encoding, or fewer bytes than height and step promise.
+    """
+    kinds = {"16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3), "32FC1": ("f4", 1.0)}
+    if message.encoding not in kinds:
+        raise ImageError(
+            f"depth on {topic} has encoding '{message.encoding}': use 16UC1 (millimetres) or 32FC1 (metres)"
+        )
+    kind, scale = kinds[message.encoding]
+    dtype = np.dtype((">" if message.is_bigendian else "<") + kind)
+    rows = np.ascontiguousarray(_rows(message, topic, dtype.itemsize))
+    depth = rows.view(dtype).astype(np.float32) * np.float32(scale)
+    return np.nan_to_num(depth, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def _rows(message: Any, topic: str, bytes_per_pixel: int) -> np.ndarray:
     """(H, W * bytes_per_pixel) uint8 view of the data without the padding at the end of each row."""
     height, width, step = int(message.height), int(message.width), int(message.step)

@@ -26,6 +26,7 @@ class DropReason(str, Enum):
     BAD_SEGMENT = "bad_segment"
     MASK_SIZE = "mask_size"
     EMPTY_MASK = "empty_mask"
+    BAD_PROPOSALS = "bad_proposals"
     SMALL_MASK = "small_mask"
     UNKNOWN_CLASS = "unknown_class"
     NO_POSE = "no_pose"

@@ -6,7 +6,8 @@
 segmentation, ``frames.py`` and ``masks.py`` read them, ``worker.py`` keeps the slow work off the executor,
 ``engine.py`` does it with the objects of ``objects.py``. ``conversions.py`` and ``markers.py`` are pure
 functions between messages and NumPy, ``services.py`` answers who asks, ``transforms.py`` asks TF, and
-``drops.py`` and ``diagnostics.py`` say why something is missing. ``segments.py`` is a node of its own.
+``drops.py`` and ``diagnostics.py`` say why something is missing. ``segmenter.py`` is a managed
+node of its own, which makes the masks; ``segments.py`` publishes another program's.
 """
 
 from __future__ import annotations
@@ -20,3 +21,17 @@ def main(args: Sequence[str] | None = None) -> int:
     from picopose_ros.node.__main__ import main as run
 
     return run(args)
+
+
+def segmenter_main(args: Sequence[str] | None = None) -> int:
+    """Run ``segmenter_node``."""
+    from picopose_ros.node.__main__ import main as run
+
+    return run(args, ["segmenter_node"])
+
+
+def both_main(args: Sequence[str] | None = None) -> int:
+    """Run ``picopose_node`` and ``segmenter_node`` in one process."""
+    from picopose_ros.node.__main__ import main as run
+
+    return run(args, ["picopose_node", "segmenter_node"])

@@ -1,13 +1,22 @@
-"""``picopose_node``, the executable: ``python -m picopose_ros.node --ros-args -p mesh_dir:=...``."""
+"""The executables: ``python -m picopose_ros.node [NODE ...] --ros-args -p mesh_dir:=...``.
+
+``NODE`` is ``picopose_node``, which is meant where none is named, or ``segmenter_node``; two run in one
+process.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from picopose_ros.node.lifecycle import ManagedNode
 
 STOP_SECONDS = 15.0
 """How long a transition and the worker may take to finish what they have in hand."""
@@ -31,11 +40,19 @@ class StopRequest:
         self.requested = True
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the node until it is told to stop.
+NODES = {
+    "picopose_node": "picopose_ros.node.node:PicoPoseNode",
+    "segmenter_node": "picopose_ros.node.segmenter:SegmenterNode",
+}
+"""The nodes of this package by name: module and class."""
+
+
+def main(args: Sequence[str] | None = None, names: Sequence[str] = ("picopose_node",)) -> int:
+    """Run nodes until the process is told to stop.
 
     Args:
         args: command line without the program's name; None takes the process's own.
+        names: of the nodes, see `NODES`.
 
     Returns:
         0 after SIGINT or SIGTERM, 1 if there is a parameter that the node can't have.
@@ -52,25 +69,25 @@ def main(args: Sequence[str] | None = None) -> int:
     from rclpy.signals import SignalHandlerOptions
 
     from picopose_ros.errors import PicoPoseError
-    from picopose_ros.node.node import PicoPoseNode
 
     try:
         rclpy.init(
-            args=None if args is None else ["picopose_node", *args],
+            args=None if args is None else [names[0], *args],
             signal_handler_options=SignalHandlerOptions.NO,
         )
     except Exception as error:  # noqa: BLE001 (rcl's own types; e.g. no such parameter file)
-        print(f"picopose_node: the command line can't be used: {error}", file=sys.stderr)
+        print(f"{names[0]}: the command line can't be used: {error}", file=sys.stderr)
         return 1
     try:
-        node = PicoPoseNode()
+        nodes = [_make(name) for name in names]
     except PicoPoseError as error:
-        get_logger("picopose_node").fatal(str(error))
+        get_logger(names[0]).fatal(str(error))
         rclpy.shutdown()
         return 1
 
-    executor = MultiThreadedExecutor(THREADS)
-    executor.add_node(node)
+    executor = MultiThreadedExecutor(THREADS * len(nodes))
+    for node in nodes:
+        executor.add_node(node)
     while rclpy.ok() and not stop.requested:
         try:
             executor.spin_once(timeout_sec=0.2)
@@ -79,18 +96,26 @@ def main(args: Sequence[str] | None = None) -> int:
         except InvalidHandle:
             pass  # of a topic that a transition closed while something came in on it
         except Exception as error:  # noqa: BLE001 (of rclpy's own callbacks; ours don't raise)
-            node.get_logger().error("".join(traceback.format_exception(error)))
-    finished = node.close(STOP_SECONDS)
-    if not finished:
+            nodes[0].get_logger().error("".join(traceback.format_exception(error)))
+    finished = [node.close(STOP_SECONDS) for node in nodes]
+    if not all(finished):
         # The worker is deep in native code; tearing the interpreter down under it would crash.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     executor.shutdown()
-    node.destroy_node()
+    for node in nodes:
+        node.destroy_node()
     rclpy.try_shutdown()
     return 0
 
 
+def _make(name: str) -> ManagedNode:
+    module, _, kind = NODES[name].partition(":")
+    return getattr(importlib.import_module(module), kind)()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    words = sys.argv[1:]
+    count = next((k for k, word in enumerate(words) if word not in NODES), len(words))
+    sys.exit(main(words[count:], words[:count] or ["picopose_node"]))

@@ -102,7 +102,7 @@ class NodeStatus:
     problems: Sequence[str] = ()
 
 
-def diagnostics_message(status: NodeStatus, stamp: Time) -> DiagnosticArray:
+def diagnostics_message(status: NodeStatus, stamp: Time, what: str = "pose estimation") -> DiagnosticArray:
     """One status: OK, WARN while something is being dropped or not connected, ERROR after a failure."""
     values = {"state": status.state, "device": status.hardware, **status.details}
     values |= {name: str(count) for name, count in status.counts.items()}
@@ -136,7 +136,7 @@ def diagnostics_message(status: NodeStatus, stamp: Time) -> DiagnosticArray:
         status=[
             DiagnosticStatus(
                 level=level,
-                name=f"{status.name}: pose estimation",
+                name=f"{status.name}: {what}",
                 message=message,
                 hardware_id=status.hardware,
                 values=[KeyValue(key=key, value=value) for key, value in values.items()],

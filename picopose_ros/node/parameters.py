@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -392,6 +392,9 @@ class NodeParameters:
 _ROS_PARAMETERS = ("qos_overrides.", "use_sim_time", "start_type_description_service")
 """What rclpy itself, or a topic, declares."""
 
+_SEGMENTER = "segmenter."
+"""Begins the names of the parameters that only segmenter_node has."""
+
 _PATHS = ("mesh_dir", "weights", "cache_dir")
 
 
@@ -399,31 +402,37 @@ def _field(spec: ParameterSpec) -> str:
     return spec.name.replace(".", "_")
 
 
-def as_declared(parameters: Sequence[Parameter[Any]]) -> list[Parameter[Any]]:
+def as_declared(
+    parameters: Sequence[Parameter[Any]], specs: Mapping[str, ParameterSpec] = SPECS
+) -> list[Parameter[Any]]:
     """The parameters, with whole numbers made real ones where the parameter is one: ``min_score: 0``."""
     return [
         Parameter(one.name, Parameter.Type.DOUBLE, float(one.value))
         if one.type_ == Parameter.Type.INTEGER
-        and one.name in SPECS
-        and isinstance(SPECS[one.name].default, float)
+        and one.name in specs
+        and isinstance(specs[one.name].default, float)
         else one
         for one in parameters
     ]
 
 
-def unknown_parameters(names: Iterable[str]) -> list[str]:
-    """What is to be said of names that no parameter of this node has, one sentence each."""
+def unknown_parameters(names: Iterable[str], specs: Mapping[str, ParameterSpec] = SPECS) -> list[str]:
+    """What is to be said of names that no parameter of this node has, one sentence each.
+
+    The two nodes may read one file: what the other one has is nothing to speak of.
+    """
+    others = () if specs is not SPECS else (_SEGMENTER,)
     said = []
     for name in sorted(names):
-        if name in SPECS or name.startswith(_ROS_PARAMETERS):
+        if name in specs or name in SPECS or name.startswith((*_ROS_PARAMETERS, *others)):
             continue
-        close = difflib.get_close_matches(name, SPECS, n=1)
+        close = difflib.get_close_matches(name, specs, n=1)
         hint = f"did you mean {close[0]}?" if close else "`ros2 param list` shows those there are"
         said.append(f"there is no parameter {name}, so its value is not used: {hint}")
     return said
 
 
-def declare_parameters(node: Node) -> None:
+def declare_parameters(node: Node, specs: Mapping[str, ParameterSpec] = SPECS) -> None:
     """Declare every parameter on ``node``; warns of given ones that there are not.
 
     Raises:
@@ -431,10 +440,10 @@ def declare_parameters(node: Node) -> None:
     """
     # Not public, but the only place that holds what was given and never declared.
     given: dict[str, Parameter[Any]] = node._parameter_overrides
-    for sentence in unknown_parameters(given):
+    for sentence in unknown_parameters(given, specs):
         node.get_logger().warning(sentence)
-    given.update({one.name: one for one in as_declared(list(given.values()))})
-    for spec in PARAMETERS:
+    given.update({one.name: one for one in as_declared(list(given.values()), specs)})
+    for spec in specs.values():
         try:
             value = node.declare_parameter(spec.name, spec.default, spec.descriptor()).value
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
@@ -451,10 +460,12 @@ def read_parameters(node: Node) -> NodeParameters:
     return NodeParameters(**{field.name: values[field.name] for field in fields(NodeParameters)})
 
 
-def judge_parameters(parameters: Sequence[Parameter[Any]], state: str) -> SetParametersResult:
+def judge_parameters(
+    parameters: Sequence[Parameter[Any]], state: str, specs: Mapping[str, ParameterSpec] = SPECS
+) -> SetParametersResult:
     """Whether parameters may be set in a lifecycle state (its label), and why not."""
     for parameter in parameters:
-        spec = SPECS.get(parameter.name)
+        spec = specs.get(parameter.name)
         if spec is None:
             continue
         if spec.changeable is Changeable.UNCONFIGURED and state != "unconfigured":

@@ -12,6 +12,12 @@ from picopose_ros.errors import SegmentError
 MOST_STRETCH = 1.05
 """How much the aspect ratio of a mask may differ from the image's; more means that it was cut or padded."""
 
+_AROUND = 0.25  # how far around a box its surroundings are looked at, in its sides
+_CUT_SIDE = 128  # longer side (px) of the picture that is cut
+_CUT_ROUNDS = 4
+_CUT_LEAST = 20  # pixels of box and of surroundings that GrabCut needs
+_LEAST_FILLED = 0.15  # of the box; less is a mistake
+
 _SHIFT = 4  # fractional bits of OpenCV's polygon corners
 
 
@@ -53,6 +59,44 @@ def box_mask(
     if not mask.any() and 0 <= x < width and 0 <= y < height:
         mask[int(y), int(x)] = True
     return mask
+
+
+def cut_out(rgb: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """What in a box looks unlike its surroundings: GrabCut (Rother et al. 2004), at a low resolution.
+
+    What lies around the box is background for certain, what lies in it may be either. A box over the whole
+    image has no surroundings, and a result that fills little of the box is none: the box is returned.
+
+    Args:
+        rgb: (H, W, 3) uint8. box: (H, W) bool.
+
+    Returns:
+        (H, W) bool, inside the box.
+    """
+    rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+    if rows.size == 0:
+        return box
+    height, width = int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+    top, left = max(int(rows[0] - _AROUND * height) - 4, 0), max(int(columns[0] - _AROUND * width) - 4, 0)
+    window = (
+        slice(top, int(rows[-1] + _AROUND * height) + 5),
+        slice(left, int(columns[-1] + _AROUND * width) + 5),
+    )
+    inside = box[window].astype(np.uint8)
+    scale = min(_CUT_SIDE / max(inside.shape), 1.0)
+    size = max(round(inside.shape[1] * scale), 2), max(round(inside.shape[0] * scale), 2)
+    picture = cv2.resize(np.ascontiguousarray(rgb[window]), size, interpolation=cv2.INTER_AREA)
+    maybe = cv2.resize(inside, size, interpolation=cv2.INTER_NEAREST)
+    if min(np.count_nonzero(maybe), np.count_nonzero(maybe == 0)) < _CUT_LEAST:
+        return box
+    labels = np.where(maybe > 0, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
+    cv2.setRNGSeed(0)  # the same box gives the same mask
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(picture, labels, None, *models, _CUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
+    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+    mask = np.zeros_like(box)
+    mask[window] = (cv2.resize(found, inside.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0) & box[window]
+    return mask if np.count_nonzero(mask) >= _LEAST_FILLED * np.count_nonzero(box) else box
 
 
 def polygon_mask(
