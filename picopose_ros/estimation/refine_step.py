@@ -25,6 +25,7 @@ from picopose_ros.geometry.crops import (
     mask_background,
 )
 from picopose_ros.geometry.least_squares import Edges, Prior, Reprojections, Solution, Term, solve
+from picopose_ros.geometry.regions import region_edges
 from picopose_ros.model.offsets import sample_at
 from picopose_ros.templates.posed import PosedView
 
@@ -35,10 +36,11 @@ _CUTOFFS = (20.0, 2.0)
 """Of the correspondences, in turn: the first brings the pose near from wherever it begins."""
 _PAIRS = 400
 """Correspondences that are used: neighbours say the same."""
-_CONTOUR_POINTS = 200
-_REACHES = (0.06, 0.03)
+_REACHES = (0.06, 0.03, 0.03)
 """How far from the contour an edge is looked for, in turn, as a share of the crop's side."""
 _LEAST_REACH_PX = 3.0
+_ROUGHNESS = 1.5
+"""Standard deviation of a ragged mask's edge, in those of its deviations from the contour."""
 _MIN_EDGES = 20
 _MIN_COSINE = 0.6
 """Between the normals of the contour and of the mask where an edge is taken."""
@@ -58,6 +60,9 @@ class Weights:
         edges_together: such points that count as one.
         mask_growth: of what a mask is too large or small by all round, share of the crop's side.
         least_growth: the same in px, where that is more.
+        region_sigma: factor on what `region_edges` says of its errors.
+        region_growth: of what all these edges are too far out or in by, px.
+        regions_together: lines across the contour that count as one.
         covariance: factor from the least squares' covariance to that of the true errors.
     """
 
@@ -68,6 +73,9 @@ class Weights:
     edges_together: float = 4.0
     mask_growth: float = 0.017
     least_growth: float = 1.0
+    region_sigma: float = 1.0
+    regions_together: float = 8.0
+    region_growth: float = 0.7
     covariance: float = 1.0
 
 
@@ -169,7 +177,7 @@ def refine_step(
             found = [t.float().cpu().numpy() for t in (state.flow, state.certainty[:, 0], alike)]
             for k, (i, _) in enumerate(part):
                 flow, certainty, agreement = (one[k] for one in found)
-                steps[i] = _solve(looks[i], K, own[k], flow, certainty, float(agreement), weights)
+                steps[i] = _solve(looks[i], K, own[k], rgb, flow, certainty, float(agreement), weights)
     return steps
 
 
@@ -207,12 +215,13 @@ def _solve(
     look: Look,
     K: np.ndarray,
     crop: _Crop,
+    rgb: np.ndarray,
     flow: np.ndarray,
     certainty: np.ndarray,
     agreement: float,
     weights: Weights,
 ) -> Step | None:
-    """The pose from the network's output and the mask's edge."""
+    """The pose from the network's output and the object's edge in mask and image."""
     view = look.view
     pairs = decode_correspondences(
         flow, certainty, crop.M_crop_img, view.crop.points_consistent, view.T_view_obj, "subpixel", crop.mask
@@ -240,46 +249,80 @@ def _solve(
         if solution is None:
             return None
         pose = solution.T_cam_obj
-    if look.segment is not None:
-        distance = signed_distance(look.segment)
-        for reach in _REACHES:
-            edges = _mask_edges(view, distance, pose, K, reach, CROP_SIZE / scale, weights)
-            better = None if edges is None else solve(pose, {**terms, "contour": edges})
-            if better is None:
-                break
-            pose, solution = better.T_cam_obj, better
+    side = CROP_SIZE / scale
+    margin = int(2 * _REACHES[0] * side + 2 * _LEAST_REACH_PX)
+    distance = None if look.segment is None else signed_distance(look.segment, margin)
+    rough = weights.edge_sigma
+    for reach in _REACHES:
+        edges = _edges(view, rgb, distance, pose, K, reach * side, side, rough, weights)
+        better = solve(pose, {**terms, **edges}) if edges else None
+        if better is None:
+            break
+        pose, solution = better.T_cam_obj, better
+        if "contour" in edges:
+            rough = max(weights.edge_sigma, _ROUGHNESS * _roughness(edges["contour"], pose))
     return _step(look, K, crop, pairs, solution, agreement, weights)
 
 
-def _mask_edges(
+def _edges(
     view: PosedView,
-    distance: np.ndarray,
+    rgb: np.ndarray,
+    distance: np.ndarray | None,
     pose: np.ndarray,
     K: np.ndarray,
     reach: float,
     side: float,
+    rough: float,
     weights: Weights,
-) -> Edges | None:
-    """The edge of a mask, whose `signed_distance` is given, along the normals of the view's contour."""
-    height, width = distance.shape
-    contour = view.contour(_CONTOUR_POINTS)
+) -> dict[str, Edges]:
+    """Where the object ends along the normals of the view's contour: in its mask, and in the image.
+
+    Args:
+        distance: (H, W) `signed_distance` of the mask, or None. reach: px. side: of the crop, px.
+    """
+    height, width = rgb.shape[:2]
+    contour = view.contour
     origin, normal = contour_lines(contour, view.T_view_obj, pose, view.K, K)
-    offset, cosine = mask_edges(distance, origin, normal, max(reach * side, _LEAST_REACH_PX))
-    at = origin + normal * np.nan_to_num(offset)[:, None]
-    inside = (at.min(1) > _BORDER_PX) & (at < [width - 1 - _BORDER_PX, height - 1 - _BORDER_PX]).all(1)
-    good = np.isfinite(offset) & inside & (cosine > _MIN_COSINE)
-    if good.sum() < _MIN_EDGES:
-        return None
-    return Edges(
-        contour.xyz[good],
-        K,
-        origin[good],
-        normal[good],
-        offset[good],
-        np.full(int(good.sum()), weights.edge_sigma),
-        together=weights.edges_together,
-        growth_sigma=max(weights.mask_growth * side, weights.least_growth),
-    )
+    reach = max(reach, _LEAST_REACH_PX)
+
+    def inside(at: np.ndarray) -> np.ndarray:
+        return (at.min(1) > _BORDER_PX) & (at < [width - 1 - _BORDER_PX, height - 1 - _BORDER_PX]).all(1)
+
+    def made(
+        good: np.ndarray, offset: np.ndarray, sigma: np.ndarray, together: float, growth: float
+    ) -> Edges:
+        return Edges(
+            contour.xyz[good],
+            K,
+            origin[good],
+            normal[good],
+            offset[good],
+            sigma[good],
+            together=together,
+            growth_sigma=growth,
+        )
+
+    found: dict[str, Edges] = {}
+    if distance is not None:
+        offset, cosine = mask_edges(distance, origin, normal, reach)
+        at = origin + normal * np.nan_to_num(offset)[:, None]
+        good = np.isfinite(offset) & inside(at) & (cosine > _MIN_COSINE)
+        if good.sum() >= _MIN_EDGES:
+            growth = max(weights.mask_growth * side, weights.least_growth)
+            sigma = np.full(len(offset), rough)
+            found["contour"] = made(good, offset, sigma, weights.edges_together, growth)
+    good = inside(origin) & np.isfinite(normal).all(1)
+    if good.sum() >= _MIN_EDGES:
+        offset, sigma = region_edges(rgb, origin, normal, reach)
+        scaled = sigma * weights.region_sigma
+        found["region"] = made(good, offset, scaled, weights.regions_together, weights.region_growth)
+    return found
+
+
+def _roughness(edges: Edges, pose: np.ndarray) -> float:
+    """Standard deviation, px, of a mask's edge about the contour at a pose, by the median deviation."""
+    off = edges.linearise(pose).residual[:, 0] * edges.sigma
+    return 1.48 * float(np.median(np.abs(off - np.median(off))))
 
 
 def _step(

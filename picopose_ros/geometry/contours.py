@@ -60,12 +60,23 @@ def find_contour(depth: np.ndarray, K: np.ndarray, count: int) -> Contour:
     return Contour(uv, normal.astype(np.float64), xyz)
 
 
-def signed_distance(mask: np.ndarray) -> np.ndarray:
-    """(H, W) float32 px from the edge of a mask (H, W), negative inside it."""
-    inside = (mask != 0).astype(np.uint8)
+def signed_distance(mask: np.ndarray, margin: int = 10**6) -> np.ndarray:
+    """(H, W) float32 px from the edge of a mask (H, W), negative inside it.
+
+    Args:
+        margin: further out than so many px from the mask's bounding box it is only known to be outside.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    whole = np.full(mask.shape, np.float32(margin))
+    if not len(rows):
+        return whole
+    part = tuple(slice(max(i[0] - margin, 0), i[-1] + margin + 1) for i in (rows, columns))
+    inside = (mask[part] != 0).astype(np.uint8)
+    # Nothing is known beyond the image: its border is no edge.
     outward = cv2.distanceTransform(1 - inside, cv2.DIST_L2, 5)
     inward = cv2.distanceTransform(inside, cv2.DIST_L2, 5)
-    return np.where(inside > 0, 0.5 - inward, outward - 0.5).astype(np.float32)
+    whole[part] = np.where(inside > 0, 0.5 - inward, outward - 0.5)
+    return whole
 
 
 def sample_lines(image: np.ndarray, origin: np.ndarray, normal: np.ndarray, at: np.ndarray) -> np.ndarray:

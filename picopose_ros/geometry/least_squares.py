@@ -22,7 +22,7 @@ from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.poses import make_transform
 
 _STEPS = 12
-_SETTLED = 1e-3
+_SETTLED = 1e-2
 """A step that is smaller than this share of its standard deviation ends the iteration."""
 
 
@@ -299,9 +299,10 @@ class _System:
             squared = (r**2).sum(1)
             weight = (1.0 + squared / term.cutoff**2) ** -2
             weights.append(weight)
-            whole = (weight / term.together)[:, None, None] * J
-            H[np.ix_(columns, columns)] += np.einsum("nki,nkj->ij", whole, J)
-            g[columns] += np.einsum("nki,nk->i", whole, r)
+            flat = J.reshape(-1, J.shape[2])
+            whole = ((weight / term.together)[:, None, None] * J).reshape(flat.shape).T
+            H[np.ix_(columns, columns)] += whole @ flat
+            g[columns] += whole @ r.ravel()
             cost += float((squared / (1.0 + squared / term.cutoff**2)).sum() / term.together)
         return _State(cost, H, g, modes, weights)
 
@@ -338,12 +339,12 @@ def _projected(
         by_point[:, 1, 1], by_point[:, 1, 2] = K[1, 1] / z, -K[1, 1] * v / z
     if turn is not None:
         by_point = by_point @ turn
-    cross = np.zeros((len(arm), 3, 3))  # d(w x arm) / dw
-    cross[:, 0, 1], cross[:, 0, 2] = arm[:, 2], -arm[:, 1]
-    cross[:, 1, 0], cross[:, 1, 2] = -arm[:, 2], arm[:, 0]
-    cross[:, 2, 0], cross[:, 2, 1] = arm[:, 1], -arm[:, 0]
     uv = np.stack([K[0, 0] * u + K[0, 2], K[1, 1] * v + K[1, 2]], 1)
-    return uv, np.concatenate([by_point, by_point @ cross], 2)
+    # By a turn: b . (w x arm) = w . (arm x b).
+    bx, by, bz = by_point[..., 0], by_point[..., 1], by_point[..., 2]
+    ax, ay, az = arm.T[..., None]
+    by_turn = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], 2)
+    return uv, np.concatenate([by_point, by_turn], 2)
 
 
 def _left_jacobian_inverse(w: np.ndarray) -> np.ndarray:

@@ -30,6 +30,9 @@ from picopose_ros.templates.renderer import MeshRenderer, Shading
 _LEAST_CELLS = 12
 """Cells of a view with a surface, below which no affine follows from them."""
 
+_CONTOUR_POINTS = 200
+"""About so many points of a contour are taken, evenly spread."""
+
 _NEAREST = 1.1
 """Least distance of a camera from the object's centre, in radii of the sphere around its bounding box."""
 
@@ -69,9 +72,10 @@ class PosedView:
         whole = (self.depth > 0).astype(np.uint8)
         return cv2.warpPerspective(whole, self.homography(K), (width, height), flags=cv2.INTER_NEAREST) > 0
 
-    def contour(self, count: int) -> Contour:
-        """About ``count`` points of the occluding contour; ``xyz`` in the mesh's own frame, m."""
-        seen = find_contour(self.depth, self.K, count)
+    @cached_property
+    def contour(self) -> Contour:
+        """Points of the occluding contour; ``xyz`` in the mesh's own frame, m."""
+        seen = find_contour(self.depth, self.K, _CONTOUR_POINTS)
         T = self.T_view_obj
         return Contour(seen.uv, seen.normal, (seen.xyz - T[:3, 3]) @ T[:3, :3])
 
