@@ -548,3 +548,22 @@ def test_a_definition_that_can_not_be_read_costs_its_topic_alone(
     assert len(detections) == 1 and not report.problems
     with bags.BagReader(tmp_path / "out") as reader:
         assert [bytes(data) for _, _, data in reader.raw(["/odd"])] == [b"\x00\x01\x00\x00abcd"]
+
+
+def test_with_follow_images_without_masks_are_answered_too(
+    estimator: PoseEstimator, scenes: list[tuple[np.ndarray, list[Segment]]], tmp_path: Path
+) -> None:
+    """Poses of an untrained network may be lost at once: then their image is answered with none."""
+
+    def masks_of_the_first_only(messages: dict[str, Any], index: int) -> None:
+        if index:
+            del messages["masks"]
+
+    source = spoilt(tmp_path / "in", scenes, masks_of_the_first_only)
+    report, detections, _ = run(estimator, source)
+    assert report.frames == len(detections) == 1
+    (tmp_path / "out").rename(tmp_path / "first")
+    report, detections, _ = run(estimator, source, follow=True)
+    assert report.frames == len(detections) == 3
+    assert detections[0] == ["cereal_box_0", "drill_0"] and not report.problems
+    assert all(set(names) <= set(detections[0]) for names in detections)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rosbags.interfaces import Connection
 
 from picopose_ros.arguments import (
@@ -25,14 +26,15 @@ from picopose_ros.arguments import (
     positive,
 )
 from picopose_ros.errors import BagError, ConfigError
-from picopose_ros.estimator import PoseEstimator
+from picopose_ros.estimation.follow import Follower, Verdict
+from picopose_ros.estimator import ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import is_rectified_topic
 from picopose_ros.instances import InstanceTracker
 from picopose_ros.messages import bags, build
 from picopose_ros.messages.answers import MIN_SCORE, judge, transforms
-from picopose_ros.messages.frames import FrameReader, FrameRefused
+from picopose_ros.messages.frames import Frame, FrameReader, FrameRefused
 from picopose_ros.messages.reasons import DropReason, Problem, no_stamp
-from picopose_ros.messages.segmentations import segment_reader
+from picopose_ros.messages.segmentations import ReadSegments, segment_reader
 from picopose_ros.progress import progress_bar
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects
 from picopose_ros.tf_names import prefix_refusal
@@ -84,6 +86,7 @@ class BagOptions:
         detections: topic to add, of vision_msgs/Detection3DArray.
         min_score: poses with a lower score are left out.
         tf_prefix: put before the instance's name to make its TF frame.
+        follow: answer every image: what masks showed is followed to the images without.
         storage: "mcap" or "sqlite3"; the source's by default.
     """
 
@@ -96,6 +99,7 @@ class BagOptions:
     detections: str = "/detections"
     min_score: float = MIN_SCORE
     tf_prefix: str = ""
+    follow: bool = False
     storage: str | None = None
 
     def topics(self, reader: bags.BagReader) -> dict[str, str]:
@@ -173,7 +177,7 @@ def process_bag(
         cameras = _Cameras(reader, topics["camera_info"], report)
         read = FrameReader(
             topics,
-            segment_reader(options.segmentation_input, options.mask_class, topics),
+            _reader_of_some(segment_reader(options.segmentation_input, options.mask_class, topics)),
             is_rectified_topic(topics["image"]),
         )
         answerer = _Answerer(estimator, specs, options, topics["image"], report)
@@ -202,7 +206,10 @@ def process_bag(
                 if stamp <= 0:
                     report.add(no_stamp("image", topics["image"]))
                     continue
-                for when, segmentation in segmentations.take(stamp):
+                masks = list(segmentations.take(stamp))
+                if options.follow and not masks:
+                    masks = [(recorded, None)]
+                for when, segmentation in masks:
                     camera_info = cameras.at(stamp, recorded)
                     if camera_info is None:
                         message = f"no camera_info was recorded on {topics['camera_info']}"
@@ -219,6 +226,11 @@ def process_bag(
         message = f"segmentation {stamp} ns has no image of its stamp on {topics['image']}"
         report.add(Problem(DropReason.NO_IMAGE, message))
     return report
+
+
+def _reader_of_some(read: ReadSegments) -> ReadSegments:
+    """Reads segmentations as ``read`` does, and None as one without segments."""
+    return lambda message, height, width: ([], []) if message is None else read(message, height, width)
 
 
 def _check_tf(reader: bags.BagReader, bases: Sequence[str], prefix: str) -> None:
@@ -340,6 +352,8 @@ class _Answerer:
         self._known = set(estimator.banks).union(
             *(spec.aliases for name, spec in specs.items() if name in estimator.banks)
         )
+        self._follower = Follower(estimator, nearest=self._nearest) if options.follow else None
+        self._newest = 0
         self._tracker = InstanceTracker(symmetries={name: spec.symmetries for name, spec in specs.items()})
 
     def answer(
@@ -352,16 +366,15 @@ class _Answerer:
         except FrameRefused as refused:
             report.add(Problem(refused.reason, str(refused)))
             return []
-        result = self._estimator.estimate(frame.rgb, frame.camera, frame.segments)
-        least = self._estimator.settings.min_mask_pixels
-        judged = judge(result, frame.segments, options.min_score, least, self._known.__contains__)
-        report.add(*frame.bad, *judged.dropped)
-        tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
-        tracked = self._tracker.update(1e-9 * stamp, judged.poses, None, tracked_ids)
+        poses, tracked_ids = [], []
+        if segmentation is not None:
+            poses, tracked_ids = self._estimated(frame)
+        if self._follower is not None and stamp > self._newest:
+            poses, tracked_ids = self._followed(frame, poses, 1e-9 * stamp)
+            self._newest = stamp
+        tracked = self._tracker.update(1e-9 * stamp, poses, None, tracked_ids)
         report.frames += 1
         report.poses += len(tracked)
-        for stage, milliseconds in result.timings.items():
-            report.milliseconds[stage] = report.milliseconds.get(stage, 0.0) + milliseconds
         # Of this package's types, whatever the recording's are.
         head = bags.header(stamp, image.header.frame_id)
         poses, names = [one.pose for one in tracked], [one.name for one in tracked]
@@ -374,6 +387,30 @@ class _Answerer:
         if made:
             answers.append(("/tf", bags.TF, bags.message(bags.TF, transforms=made)))
         return answers
+
+    def _estimated(self, frame: Frame) -> tuple[list[ObjectPose], list[str]]:
+        """Poses of a frame's segments, and per pose what the detector calls the instance."""
+        report = self._report
+        result = self._estimator.estimate(frame.rgb, frame.camera, frame.segments)
+        least = self._estimator.settings.min_mask_pixels
+        judged = judge(result, frame.segments, self._options.min_score, least, self._known.__contains__)
+        report.add(*frame.bad, *judged.dropped)
+        for stage, milliseconds in result.timings.items():
+            report.milliseconds[stage] = report.milliseconds.get(stage, 0.0) + milliseconds
+        return judged.poses, [frame.segments[pose.segment].tracked_id for pose in judged.poses]
+
+    def _followed(
+        self, frame: Frame, poses: list[ObjectPose], stamp: float
+    ) -> tuple[list[ObjectPose], list[str]]:
+        """The poses that masks gave, and those of the objects that were followed here, with their keys."""
+        keys = self._follower.see_all(poses, stamp, self._tracker.max_distance)
+        others = [key for key in self._follower.status if key not in keys]
+        found = self._follower.step(frame.rgb, frame.camera, stamp, keys=others)
+        shown = [one for one in found if one.verdict is not Verdict.LOST]
+        return [*poses, *(one.pose for one in shown)], [*keys, *(one.key for one in shown)]
+
+    def _nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
+        return self._tracker.nearest(class_id, T_cam_obj, R_cam_obj)
 
 
 def _flush(writer: bags.BagWriter, answers: list[Answer], until: int | None) -> None:
@@ -413,6 +450,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-class", metavar="CLASS", default="", help="for --segmentation-input mask")
     parser.add_argument("--detections", metavar="TOPIC", default="/detections", help="topic to add")
     parser.add_argument("--tf-prefix", default="", help="put before the instance's name in TF")
+    parser.add_argument(
+        "--follow", action="store_true", help="answer every image: objects are followed between masks"
+    )
     parser.add_argument("--storage", choices=tuple(bags.STORAGES), help="of OUT; that of IN by default")
 
 
@@ -432,6 +472,7 @@ def run(args: argparse.Namespace) -> int:
         args.detections,
         args.min_score,
         args.tf_prefix,
+        args.follow,
         args.storage,
     )
     with bags.BagReader(args.source) as reader:  # before the long work, so that a wrong path is said at once

@@ -178,6 +178,10 @@ class InstanceTracker:
             by_name[one.name].tracked_id = ids[row] or by_name[one.name].tracked_id
         return [tracked[row] for row in range(len(poses))]
 
+    def nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
+        """The equivalent pose (4, 4) of an object of a class whose rotation is nearest to a rotation."""
+        return self._groups.get(class_id, _NO_SYMMETRY).nearest(T_cam_obj, R_cam_obj)
+
     def expire(self, stamp: float, keep: Iterable[str] = ()) -> None:
         """Retire the instances that were last seen more than the timeout before ``stamp``.
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rclpy.node import Node
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header, String
@@ -212,6 +213,15 @@ class Answers:
         self.frames += 1
         self.poses += len(poses)
         return tracked, retired
+
+    def camera_at(self, pair: Pair) -> np.ndarray | None:
+        """T_target_cam (4, 4) of an image by TF, without waiting for it; None: not known."""
+        return None if self._target is None else self._target.known(pair.image.header)
+
+    def nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
+        """The symmetric form (4, 4) of a pose that is nearest to a rotation."""
+        with self._lock:
+            return self._tracker.nearest(class_id, T_cam_obj, R_cam_obj)
 
     def show(self, tracked: list[TrackedPose], retired: list[str], frame: Frame, header: Header) -> None:
         """Publish what is for the eye only: markers, and the overlay where somebody looks."""

@@ -122,6 +122,11 @@ class Engine:
             self._estimator.settings = replace(settings, hypotheses=hypotheses, prune=prune)
         return self._estimator.estimate(rgb, camera, segments)
 
+    @property
+    def estimator(self) -> PoseEstimator | None:
+        """What estimates; another one once :meth:`take` was called."""
+        return self._estimator
+
     def judge(self, result: EstimateResult, segments: Sequence[Segment], min_score: float) -> Judged:
         """Sort out what is good enough to be published. ``segments``: those of the estimate."""
         least = self._estimator.settings.min_mask_pixels

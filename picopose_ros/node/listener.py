@@ -69,6 +69,7 @@ class Listener:
         drops: what can't be paired is recorded there.
         latencies: how long a segmentation lay in the middleware is recorded there.
         deliver: called with every pair, in the order in which they are made, one at a time.
+        image_came: called after every image and camera_info.
 
     Attributes:
         counts: messages that came and pairs that went, since the node was started.
@@ -76,12 +77,18 @@ class Listener:
     """
 
     def __init__(
-        self, node: Node, drops: DropLog, latencies: Latencies, deliver: Callable[[Pair], None]
+        self,
+        node: Node,
+        drops: DropLog,
+        latencies: Latencies,
+        deliver: Callable[[Pair], None],
+        image_came: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
         self._drops = drops
         self._latencies = latencies
         self._deliver = deliver
+        self._image_came = image_came
         self._lock = threading.RLock()
         self._subscriptions: list[InputSubscription] = []
         self._pairing: StampPairing | None = None
@@ -157,6 +164,11 @@ class Listener:
         with self._lock:
             return 0 if self._pairing is None else len(self._pairing)
 
+    def images_after(self, stamp: int) -> list[Pair]:
+        """Images that are buffered, newer than a stamp (ns), oldest first; for any thread."""
+        with self._lock:
+            return [] if self._pairing is None else self._pairing.images_after(stamp, time.monotonic())
+
     @property
     def publishers(self) -> dict[str, int]:
         """How many publishers each input has, by the full name of its topic."""
@@ -205,11 +217,13 @@ class Listener:
 
     def _on_image(self, message: Image | CompressedImage, info: Mapping[str, Any]) -> None:
         self._pair("image", lambda pairing, stamp, now: pairing.add_image(stamp, message, now), message)
+        self._image_came()
 
     def _on_camera_info(self, message: CameraInfo, info: Mapping[str, Any]) -> None:
         self._pair(
             "camera_info", lambda pairing, stamp, now: pairing.add_camera_info(stamp, message, now), message
         )
+        self._image_came()
 
     def _on_segmentation(self, message: SegmentArray | Image, info: Mapping[str, Any]) -> None:
         self._note_receipt(info)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
@@ -19,6 +21,7 @@ from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message, memory_use
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.engine import Engine
+from picopose_ros.node.following import Following
 from picopose_ros.node.lifecycle import LoadingInterrupted, ManagedNode
 from picopose_ros.node.listener import Listener
 from picopose_ros.node.logs import RosLogHandler
@@ -72,8 +75,9 @@ class PicoPoseNode(ManagedNode):
 
         self._drops = DropLog(self.get_logger().warning)
         self._latencies = Latencies()
-        self._listener = Listener(self, self._drops, self._latencies, self._submit)
+        self._listener = Listener(self, self._drops, self._latencies, self._submit, self._image_came)
         self._answers = Answers(self, self._drops, self._latencies)
+        self._following = Following(self._answers, self._listener, self._drops, self._latencies)
         self.add_pre_set_parameters_callback(as_declared)
         self.add_on_set_parameters_callback(lambda some: judge_parameters(some, self.state))
         self.add_post_set_parameters_callback(self._on_parameters_set)
@@ -100,6 +104,7 @@ class PicoPoseNode(ManagedNode):
         for name, kind, callback in (
             ("~/estimate_poses", EstimatePoses, self._estimate_poses),
             ("~/reload_objects", Trigger, self._reload_objects),
+            ("~/reset", Trigger, self._reset),
         ):
             # Each on a thread of its own, because it waits for the worker.
             self.create_service(kind, name, callback, callback_group=MutuallyExclusiveCallbackGroup())
@@ -142,6 +147,7 @@ class PicoPoseNode(ManagedNode):
         self._progress = ""
         self._answers.open(p, topics["image"])
         self._answers.use_objects(engine.objects)
+        self._following.open(engine, self._reader)
         objects = sorted(engine.objects.banks)
         self._loaded = (
             f"{len(objects)} object{'s' if len(objects) != 1 else ''} ({', '.join(objects)}), {p.preset} on "
@@ -172,6 +178,7 @@ class PicoPoseNode(ManagedNode):
                 f"segmentation {format_stamp(dropped.stamp)} waited for the estimator when the node was "
                 "deactivated",
             )
+        self._on_worker(self._following.forget)
         if not idle:
             raise RuntimeError(f"a frame is still at work after {DRAIN_SECONDS:g} s")
         self._answers.forget()
@@ -215,7 +222,20 @@ class PicoPoseNode(ManagedNode):
         self._settings = read_parameters(self)
         self._answers.use_parameters(self._settings)
 
+    def _on_worker(self, function: Callable[[], None]) -> bool:
+        """Have something done between two images and wait for it; False if the worker ends before."""
+        try:
+            self._worker.call(function).result(DRAIN_SECONDS)
+        except (CancelledError, TimeoutError):
+            return False
+        return True
+
     # On the executor.
+
+    def _image_came(self) -> None:
+        worker = self._worker
+        if worker is not None:
+            self._following.wanted(self._settings, worker.call)
 
     def _submit(self, pair: Pair) -> None:
         # The one that loses its place is the older of two: pairs don't always come in order.
@@ -245,6 +265,8 @@ class PicoPoseNode(ManagedNode):
                 details["objects_failed"] = "; ".join(engine.objects.failed.values())
         if (names := answers.names) is not None:
             details["instances"] = ", ".join(names)
+        report = [f"{name}: {text}" for name, text in self._following.report.items()]
+        details["following"] = "; ".join(report) if p.follow else "off"
         if self._progress:
             details["loading"] = self._progress
         details |= memory_use(device)
@@ -327,6 +349,28 @@ class PicoPoseNode(ManagedNode):
             self.get_logger().error(f"reload_objects: {response.message}")
         return response
 
+    def _reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Forget all instances: names begin anew, nothing is followed until masks come."""
+        names = self._answers.names
+        if self._worker is None or names is None:
+            response.message = self._nothing_loaded()
+            return response
+
+        def forget() -> None:
+            self._following.reset()
+            self._answers.forget()
+
+        self._serving.add("reset")
+        try:
+            response.success = self._on_worker(forget)
+        finally:
+            self._serving.discard("reset")
+        if response.success:
+            response.message = f"forgot {', '.join(names) or 'nothing: there was no instance'}"
+        else:
+            response.message = "nothing changed: the node was cleaned up or shut down meanwhile"
+        return response
+
     def _use_objects(self, objects: ObjectSet) -> None:
         self._answers.use_objects(objects)
 
@@ -350,8 +394,12 @@ class PicoPoseNode(ManagedNode):
         judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
         self._drops.report(*judged.dropped)
-        tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
-        tracked, retired = self._answers.publish(judged.poses, pair, p, tracked_ids, after - before)
+        if p.follow:
+            self._following.take(judged.poses, pair, frame, p, after - before)
+        else:
+            self._following.forget()
+            tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
+            answer = self._answers.publish(judged.poses, pair, p, tracked_ids, after - before)
         done = time.monotonic()
         self._latencies.record(
             {
@@ -363,4 +411,5 @@ class PicoPoseNode(ManagedNode):
                 **{stage: ms for stage, ms in result.timings.items() if stage != "total"},
             }
         )
-        self._answers.show(tracked, retired, frame, pair.image.header)
+        if not p.follow:
+            self._answers.show(*answer, frame, pair.image.header)

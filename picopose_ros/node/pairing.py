@@ -156,6 +156,20 @@ class StampPairing:
         self._waiting.append((stamp, _Timed(segmentation, now)))
         return self._match(now)
 
+    def images_after(self, stamp: int, now: float) -> list[Pair]:
+        """The images in the buffer that are newer than a stamp, oldest first, without segmentations.
+
+        Of those whose camera_info is still on its way, none.
+        """
+        found = []
+        for own in sorted(one for one in self._images if one > stamp):
+            image, info = self._images[own], self._infos.get(own)
+            hurried = self._infos_are_stamped and now - image.received < INFO_PATIENCE
+            payload = info.payload if info is not None else None if hurried else self._newest_info
+            if payload is not None:
+                found.append(Pair(own, image.payload, payload, None, image.received, self.epoch))
+        return found
+
     def expire(self, now: float) -> list[Pair]:
         """Drop what is too old; called now and then, because silence on a topic is a reason too.
 

@@ -259,6 +259,20 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         changeable=Changeable.ALWAYS,
     ),
     ParameterSpec(
+        "follow",
+        False,
+        "Whether instances are followed from image to image between two segmentations (docs/following.md).",
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "follow_rate",
+        30.0,
+        "Most images per second, of the images' clock, in which instances are followed.",
+        minimum=0.1,
+        maximum=1000.0,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
         "smoothing.translation",
         0.0,
         "Seconds over which the position of an instance is averaged; 0 leaves it as it is. Adds no latency.",
@@ -343,6 +357,8 @@ class NodeParameters:
     image_rectified: str
     instance_timeout: float
     instance_distance: float
+    follow: bool
+    follow_rate: float
     smoothing_translation: float
     smoothing_rotation: float
     smoothing_jump_distance: float

@@ -83,6 +83,14 @@ class TargetFrame:
                     ) from error
             time.sleep(0.01)
 
+    def known(self, header: Header) -> np.ndarray | None:
+        """The same if it is known already, else None."""
+        try:
+            stamp = Time.from_msg(header.stamp)
+            return _matrix(self._buffer.lookup_transform(self.name, header.frame_id, stamp).transform)
+        except tf2_ros.TransformException:
+            return None
+
     def close(self) -> None:
         """Stop listening."""
         self._listener.unregister()

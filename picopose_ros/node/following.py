@@ -1,0 +1,209 @@
+"""The node's part of following: the newest image goes to the follower, what it finds is published."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from picopose_ros.estimation.follow import Followed, Follower, Image, Verdict
+from picopose_ros.estimator import ObjectPose
+from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.instances import TrackedPose
+from picopose_ros.messages.frames import Frame, FrameReader, FrameRefused
+from picopose_ros.node.answers import Answers
+from picopose_ros.node.diagnostics import Latencies
+from picopose_ros.node.drops import DropLog
+from picopose_ros.node.engine import Engine
+from picopose_ros.node.listener import Listener
+from picopose_ros.node.pairing import Pair
+from picopose_ros.node.parameters import NodeParameters
+
+_EARLY = 0.9
+"""Share of the period of ``follow_rate`` after which the next image is taken: stamps are not even."""
+
+
+class Following:
+    """Follows the instances of a node on its worker's thread.
+
+    :meth:`open`, then :meth:`take` for what masks gave and :meth:`follow_newest` when images have come.
+
+    Args:
+        answers: publishes. listener: has the images. drops, latencies: what happens is recorded there.
+    """
+
+    def __init__(self, answers: Answers, listener: Listener, drops: DropLog, latencies: Latencies) -> None:
+        self._answers, self._listener = answers, listener
+        self._drops, self._latencies = drops, latencies
+        self._engine: Engine | None = None
+        self._reader: FrameReader | None = None
+        self._follower: Follower | None = None
+        self._newest = 0  # stamp (ns) of the newest image that was answered
+        self._epoch = 0
+        # For other threads.
+        self._lock = threading.Lock()
+        self._report: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._waiting = False
+        self.frames = 0
+
+    def open(self, engine: Engine, reader: FrameReader) -> None:
+        """Begin with a new engine; ``reader`` reads the images."""
+        self._engine = engine
+        self._reader = FrameReader(
+            reader.topics, lambda *_: ([], []), rectified=reader.rectified, depth=reader.depth
+        )
+        self._follower = Follower(engine.estimator, nearest=self._answers.nearest)
+        self.forget()
+
+    @property
+    def report(self) -> dict[str, str]:
+        """By the name of an instance, how it fares; for any thread."""
+        with self._lock:
+            return dict(self._report)
+
+    def forget(self) -> None:
+        """Follow nothing any more, and take images of whatever time."""
+        self.reset()
+        self._newest = 0
+
+    def reset(self) -> None:
+        """Follow nothing until masks come; images stay answered in order."""
+        if self._follower is not None:
+            self._follower.forget()
+        with self._lock:
+            self._report, self._names, self._waiting = {}, {}, False
+
+    def wanted(self, p: NodeParameters, call: Callable[[Callable[[], None]], object]) -> None:
+        """An image has come: have the newest one followed, unless that is about to happen; for any thread.
+
+        Args:
+            p: the node's parameters. call: has something done on the worker's thread.
+        """
+        with self._lock:
+            if not p.follow or self._waiting:
+                return
+            self._waiting = True
+        call(lambda: self._follow_guarded(p))
+
+    def _follow_guarded(self, p: NodeParameters) -> None:
+        try:
+            self.follow_newest(p)
+        except Exception as error:  # noqa: BLE001 (the next image may be fine)
+            self._drops.record_crash(error)
+
+    def follow_newest(self, p: NodeParameters) -> None:
+        """Follow to the newest image, if the rate allows for it."""
+        with self._lock:
+            self._waiting = False
+        if not self._follower:
+            return
+        images = self._listener.images_after(self._newest)
+        if not images:
+            return
+        pair = images[-1]
+        if not self._same_time(pair) or pair.stamp - self._newest < _EARLY * 1e9 / p.follow_rate:
+            return
+        started = time.monotonic()
+        frame = self._read(pair)
+        if frame is None:
+            return
+        self._use_objects()
+        found = self._follower.step(frame.rgb, frame.camera, pair.stamp * 1e-9, self._answers.camera_at(pair))
+        self._latencies.record({"follow": 1e3 * (time.monotonic() - started)})
+        self._publish(found, pair, frame, p)
+
+    def take(
+        self, poses: list[ObjectPose], pair: Pair, frame: Frame, p: NodeParameters, spent: float
+    ) -> None:
+        """Take the poses that a segmentation gave, and carry them to the newest image.
+
+        They are published for their own image if no later one was answered yet.
+
+        Args:
+            poses: of the image. pair, frame: the image. spent: seconds that the estimate took.
+        """
+        if self._epoch != pair.epoch:
+            if pair.epoch < self._epoch:
+                return
+            self.forget()
+            self._epoch = pair.epoch
+        self._use_objects()
+        stamp, follower = pair.stamp * 1e-9, self._follower
+        late = pair.stamp < self._newest
+        keys = follower.see_all(poses, stamp, p.instance_distance, self._answers.camera_at(pair))
+        if not late:
+            self._newest = pair.stamp
+            tracked, retired = self._answers.publish(poses, pair, p, keys, spent)
+            self._remember(keys, tracked)
+            self._answers.show(tracked, retired, frame, pair.image.header)
+        images = self._listener.images_after(pair.stamp)
+        if images and keys and images[-1].epoch == self._epoch:
+            found = follower.carry([self._image(one) for one in images], keys)
+            newest = images[-1]
+            if newest.stamp > self._newest:
+                others = [key for key in follower.status if key not in keys]
+                shown = self._read(newest)
+                if shown is not None:
+                    found += follower.step(
+                        shown.rgb, shown.camera, newest.stamp * 1e-9, self._answers.camera_at(newest), others
+                    )
+                    self._publish(found, newest, shown, p)
+        self._tell()
+
+    def _same_time(self, pair: Pair) -> bool:
+        """Whether an image is of the time that the objects are from; else they are forgotten."""
+        if pair.epoch == self._epoch:
+            return True
+        self.forget()
+        self._epoch = pair.epoch
+        return False
+
+    def _use_objects(self) -> None:
+        """Those that are loaded now."""
+        self._follower.comparer = self._engine.estimator
+        gone = [
+            key
+            for key in self._follower.status
+            if self._follower.class_of(key) not in self._engine.objects.banks
+        ]
+        self._follower.forget(gone)
+
+    def _read(self, pair: Pair) -> Frame | None:
+        try:
+            return self._reader.read(pair.image, pair.camera_info, None)
+        except FrameRefused as refused:
+            self._drops.record(refused.reason, str(refused))
+            return None
+
+    def _image(self, pair: Pair) -> Image:
+        def read() -> tuple[np.ndarray, CameraModel]:
+            frame = self._reader.read(pair.image, pair.camera_info, None)
+            return frame.rgb, frame.camera
+
+        return Image(pair.stamp * 1e-9, read, self._answers.camera_at(pair))
+
+    def _publish(self, found: list[Followed], pair: Pair, frame: Frame, p: NodeParameters) -> None:
+        shown = [one for one in found if one.verdict is not Verdict.LOST]
+        self._newest = pair.stamp
+        self.frames += 1
+        keys = [one.key for one in shown]
+        tracked, retired = self._answers.publish([one.pose for one in shown], pair, p, keys)
+        self._remember(keys, tracked)
+        self._answers.show(tracked, retired, frame, pair.image.header)
+        self._tell()
+
+    def _remember(self, keys: list[str], tracked: list[TrackedPose]) -> None:
+        self._names |= {key: one.name for key, one in zip(keys, tracked)}
+
+    def _tell(self) -> None:
+        """Write down how the objects fare."""
+        report = {}
+        for key, one in self._follower.status.items():
+            text = f"{one.verdict.value} since {one.since:.3f}, last seen by a mask {one.seen:.3f}"
+            report[self._names.get(key, key)] = text + (f": {one.reason}" if one.reason else "")
+        with self._lock:
+            self._report = report
+            self._names = {key: name for key, name in self._names.items() if key in self._follower.status}
