@@ -53,7 +53,7 @@ CAMERA_FRAME = "camera_optical"
 DEADLINE = float(os.environ.get("PICOPOSE_TEST_DEADLINE", "240"))
 """Seconds a condition may take on a loaded machine; never slept through."""
 
-QUICK = {"device": "cpu", "viewpoints": 42, "hypotheses": 1}
+QUICK = {"device": "cpu", "viewpoints": 42, "hypotheses": 1, "refinements": 0}
 """Parameters of a node that is soon ready."""
 
 # Every test process its own part of the domains that are safe on Linux, every node test its own domain in it.
@@ -310,7 +310,7 @@ def local_node(**parameters: object) -> Iterator[PicoPoseNode]:
 OF_A_PART = frozenset(
     {
         *("bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
-        *("bad_frame_id", "no_transform", "no_overlay"),
+        *("unrefined", "bad_frame_id", "no_transform", "no_overlay"),
     }
 )
 """Reasons that drop a segment or an output beside the detections: the segmentation is still answered."""

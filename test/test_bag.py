@@ -70,7 +70,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def estimator(meshes: Path, weights: Path, cache: Path) -> PoseEstimator:
-    return PoseEstimator.from_mesh_dir(meshes, weights=weights, viewpoints=42, cache_dir=cache, hypotheses=1)
+    return PoseEstimator.from_mesh_dir(
+        meshes, weights=weights, viewpoints=42, cache_dir=cache, hypotheses=1, refinements=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,8 @@ def test_the_command_line(
         42,
         "--hypotheses",
         1,
+        "--refinements",
+        0,
         "--min-score",
         0,
     ]

@@ -56,7 +56,7 @@ class Desk:
         words = ["estimate", str(self.folder / at.pop("image"))]
         for option, name in at.items():
             words += [f"--{option.replace('_', '-')}", str(self.folder / name)]
-        return [*words, "--viewpoints", "42", "--hypotheses", "2", *more]
+        return [*words, "--viewpoints", "42", "--hypotheses", "2", "--refinements", "0", *more]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ class World:
         return rgb, truths, self.model.show(rgb, camera, truths)
 
     def estimator(self, **settings) -> PoseEstimator:
-        return PoseEstimator(self.model, self.banks, EstimatorSettings(**settings))
+        return PoseEstimator(self.model, self.banks, EstimatorSettings(**{"refinements": 0, **settings}))
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_from_mesh_dir_tells_how_far_it_is_and_knows_aliases(tmp_path, weights, 
     (folder / "broken.ply").write_text("no mesh")
     (folder / "objects.yaml").write_text('cone: {class_ids: ["5"]}\n')
     told = []
-    options = {"weights": weights, "viewpoints": 42, "cache_dir": tmp_path / "cache", "hypotheses": 2}
+    options = {"weights": weights, "viewpoints": 42, "cache_dir": tmp_path / "cache", "hypotheses": 2, "refinements": 0}
     estimator = PoseEstimator.from_mesh_dir(folder, progress=lambda *step: told.append(step), **options)
     assert sorted(estimator.banks) == ["bracket", "cone"]
     assert told == [(n, k + i, 3) for k, n in enumerate(("bracket", "broken", "cone")) for i in (0, 1)]
@@ -476,7 +476,7 @@ def test_given_affines_start_stage_three(tmp_path, weights):
     """Given what stage 2 said, stage 3 says what it said; given another, something else."""
     trimesh.creation.box((0.1, 0.06, 0.03)).export(tmp_path / "box.ply")
     estimator = PoseEstimator.from_mesh_dir(
-        tmp_path, weights=weights, cache_dir=tmp_path / "c", viewpoints=42, hypotheses=2
+        tmp_path, weights=weights, cache_dir=tmp_path / "c", viewpoints=42, hypotheses=2, refinements=0
     )
     rgb = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
     mask = np.zeros((480, 640), bool)

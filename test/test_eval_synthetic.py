@@ -71,7 +71,7 @@ class Facts:
 def test_a_perfect_network_has_perfect_figures(box: ObjectMesh, bank: TemplateBank) -> None:
     model = OracleModel()
     model.know(bank)
-    estimator = PoseEstimator(model, {"box": bank}, EstimatorSettings(hypotheses=5))
+    estimator = PoseEstimator(model, {"box": bank}, EstimatorSettings(hypotheses=5, refinements=0))
     facts = {"box": Facts()}
     with MeshRenderer() as renderer:
         benchmark = Benchmark(estimator, {"box": box}, facts, 0, renderer)

@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
 
 def estimate(world, **settings):
     model, banks, rgb, segments = world
-    estimator = PoseEstimator(model, banks, EstimatorSettings(precision="fp32", **settings))
+    estimator = PoseEstimator(model, banks, EstimatorSettings(precision="fp32", refinements=0, **settings))
     return estimator.estimate(rgb, CameraModel(K, *SIZE), segments).poses
 
 

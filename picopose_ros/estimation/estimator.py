@@ -403,10 +403,11 @@ class PoseEstimator:
         answers: list[list[ObjectPose | None]] = []
         tasks: list[Task] = []
         origins: list[tuple[int, int, list[ObjectPose]]] = []
+        rounds = 0 if self.settings.decode == "reference" else self.settings.refinements
         for row, (query, own, ks) in enumerate(zip(queries, solved, counts)):
             answers.append([self._choose(query, own[:k], camera) for k in ks])
             for place, (k, answer) in enumerate(zip(ks, answers[-1])):
-                if answer is None or self.settings.refinements == 0:
+                if answer is None or rounds == 0:
                     continue
                 poses, values = [answer], [0.0]
                 if answer.source == "offsets":
@@ -419,7 +420,7 @@ class PoseEstimator:
                 tasks.append(Task(query.bank.class_id, mask, starts))
                 origins.append((row, place, list(poses)))
         reasons: list[list[str | None]] = [[None] * len(own) for own in answers]
-        refined = self._refine(rgb, camera, tasks, self.settings.refinements)
+        refined = self._refine(rgb, camera, tasks, rounds)
         for (row, place, poses), one in zip(origins, refined):
             if isinstance(one, str):
                 reasons[row][place] = one

@@ -36,8 +36,8 @@ class EstimatorSettings:
         rerank: this many of the best matching templates are ordered by how well their matches agree on one
             motion (`match_agreement`) before the hypotheses are taken; 0: by the match score alone, as in
             the paper. Only used with presets whose stage 2 starts from such a motion.
-        refinements: most rounds of refinement (`picopose_ros.estimation.refine`), 0 to 8. Not in the paper,
-            which refines with MegaPose's network.
+        refinements: most rounds of refinement (`picopose_ros.estimation.refine`), 0 to 8; none with the
+            decode ``reference``. Not in the paper, which refines with MegaPose's network.
         min_mask_pixels: segments with fewer visible pixels are skipped.
         max_batch: most crops or hypotheses that go through the network at once.
         template_cache_mb: memory for the features of recently used templates (stages 2 and 3).
@@ -59,7 +59,7 @@ class EstimatorSettings:
     ransac_iterations: int = 1000
     correlated_pairs: float = 780.0
     rerank: int = 64
-    refinements: int = 0
+    refinements: int = 2
     min_mask_pixels: int = 32
     max_batch: int = 16
     template_cache_mb: int = 512

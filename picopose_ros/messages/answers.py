@@ -28,7 +28,7 @@ class Judged:
 
     Attributes:
         poses: in the order of the segments.
-        dropped: of each segment without one.
+        dropped: of each segment without one, and of each pose that could not be refined.
     """
 
     poses: list[ObjectPose]
@@ -59,9 +59,18 @@ def judge(
             reason = DropReason.NO_POSE if known(segment.class_id) else DropReason.UNKNOWN_CLASS
         dropped.append(Problem(reason, f"segment '{segment.class_id}' gave no pose: {why}"))
     poses = []
+    unrefined = dict(result.unrefined)
     for pose in result.poses:
         if pose.confidence >= min_score:
             poses.append(pose)
+            if pose.segment in unrefined:
+                dropped.append(
+                    Problem(
+                        DropReason.UNREFINED,
+                        f"the pose of '{pose.class_id}' could not be refined and is published as it was: "
+                        f"{unrefined[pose.segment]}",
+                    )
+                )
         elif pose.source == "affine":
             dropped.append(
                 Problem(

@@ -31,6 +31,7 @@ class DropReason(str, Enum):
     UNKNOWN_CLASS = "unknown_class"
     NO_POSE = "no_pose"
     LOW_SCORE = "low_score"
+    UNREFINED = "unrefined"
     BAD_FRAME_ID = "bad_frame_id"
     NO_TRANSFORM = "no_transform"
     NO_OVERLAY = "no_overlay"

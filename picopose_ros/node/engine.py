@@ -95,6 +95,7 @@ class Engine:
             settings = EstimatorSettings(
                 hypotheses=p.hypotheses,
                 prune=p.prune,
+                refinements=p.refinements,
                 precision=p.precision,
                 compile=p.compile,
                 backend=p.backend,
@@ -115,11 +116,13 @@ class Engine:
         segments: Sequence[Segment],
         hypotheses: int,
         prune: int = 0,
+        refinements: int = EstimatorSettings.refinements,
     ) -> EstimateResult:
         """Poses of the segments of an image; see `PoseEstimator.estimate`."""
         settings = self._estimator.settings
-        if (hypotheses, prune) != (settings.hypotheses, settings.prune):
-            self._estimator.settings = replace(settings, hypotheses=hypotheses, prune=prune)
+        wanted = replace(settings, hypotheses=hypotheses, prune=prune, refinements=refinements)
+        if wanted != settings:
+            self._estimator.settings = wanted
         return self._estimator.estimate(rgb, camera, segments)
 
     @property

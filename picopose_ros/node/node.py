@@ -390,7 +390,9 @@ class PicoPoseNode(ManagedNode):
             return
         self._drops.report(*frame.bad)
         before = time.monotonic()
-        result = engine.estimate(frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune)
+        result = engine.estimate(
+            frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune, p.refinements
+        )
         judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
         self._drops.report(*judged.dropped)

@@ -21,7 +21,8 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError, MeshError
-from picopose_ros.estimator import Backend, Precision
+from picopose_ros.estimation.settings import MOST_REFINEMENTS
+from picopose_ros.estimator import Backend, EstimatorSettings, Precision
 from picopose_ros.instances import SmoothingSettings
 from picopose_ros.messages.answers import MIN_SCORE
 from picopose_ros.templates.meshes import resolve_path
@@ -152,6 +153,14 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         "How many hypotheses, the best after the coarse grids, go through the finest grid; 0: all of them.",
         minimum=0,
         maximum=32,
+        changeable=Changeable.ALWAYS,
+    ),
+    ParameterSpec(
+        "refinements",
+        EstimatorSettings.refinements,
+        "Most rounds of refinement: objects are rendered at their poses and compared with the image; 0: none.",
+        minimum=0,
+        maximum=MOST_REFINEMENTS,
         changeable=Changeable.ALWAYS,
     ),
     ParameterSpec(
@@ -342,6 +351,7 @@ class NodeParameters:
     cache_dir: Path | None
     hypotheses: int
     prune: int
+    refinements: int
     precision: Precision
     compile: str
     backend: Backend

@@ -65,7 +65,9 @@ def estimate_poses(
     def work() -> tuple[float, Any, Any]:
         begun = time.monotonic()
         hypotheses = request.hypotheses or settings.hypotheses
-        result = engine.estimate(frame.rgb, frame.camera, segments, hypotheses, settings.prune)
+        result = engine.estimate(
+            frame.rgb, frame.camera, segments, hypotheses, settings.prune, settings.refinements
+        )
         return begun, result, engine.judge(result, segments, settings.min_score)
 
     try:
