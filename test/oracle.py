@@ -72,10 +72,18 @@ class OracleModel(nn.Module):
         numbers = [float(shown.index(key)) if key in shown else -1.0 for key in _keys(rgb)]
         return Features((rgb,), torch.tensor(numbers)[:, None, None].expand(-1, 4, 256))
 
+    def descriptors(self, rgb: Tensor) -> Tensor:
+        """Those of :meth:`encode` alone."""
+        return self.encode(rgb).descriptors
+
     def fast(self, schedule: Schedule | None = None) -> OracleModel:
         """It knows no faster way."""
         self.schedule = replace(schedule or Schedule(), template_parts=False)
         return self
+
+    def features(self, crops: Tensor) -> Prepared:
+        """Of crops, in one step."""
+        return self.query(self.encode(crops))
 
     def query(self, features: Features) -> Prepared:
         return Prepared(features.descriptors, features.taps)

@@ -300,7 +300,8 @@ def test_a_mask_at_the_border_has_a_pose(world):
 
 def test_an_alias_finds_its_object(world, three):
     rgb, truths, segments = world.picture(three[1:2])
-    estimator = PoseEstimator(world.model, world.banks, aliases={"5": "cone"})
+    settings = EstimatorSettings(refinements=0)
+    estimator = PoseEstimator(world.model, world.banks, settings, aliases={"5": "cone"})
     (pose,) = estimator.estimate(rgb, PINHOLE, [replace(segments[0], class_id="5")]).poses
     assert pose.class_id == "cone"
     check(pose, truths[0].T_cam_obj, 0.1, 0.0005)
@@ -370,7 +371,8 @@ def test_from_mesh_dir_tells_how_far_it_is_and_knows_aliases(tmp_path, weights, 
     (folder / "broken.ply").write_text("no mesh")
     (folder / "objects.yaml").write_text('cone: {class_ids: ["5"]}\n')
     told = []
-    options = {"weights": weights, "viewpoints": 42, "cache_dir": tmp_path / "cache", "hypotheses": 2, "refinements": 0}
+    options = {"weights": weights, "viewpoints": 42, "cache_dir": tmp_path / "cache"}
+    options |= {"hypotheses": 2, "refinements": 0}
     estimator = PoseEstimator.from_mesh_dir(folder, progress=lambda *step: told.append(step), **options)
     assert sorted(estimator.banks) == ["bracket", "cone"]
     assert told == [(n, k + i, 3) for k, n in enumerate(("bracket", "broken", "cone")) for i in (0, 1)]

@@ -68,7 +68,8 @@ class World:
         """An estimator, in fp32 unless said: what "auto" means depends on the processor."""
         model, banks = (self.tiny, self.banks) if preset == "tiny" else (self.vits, self.vits_banks)
         options = {} if schedule is None else {"schedule": schedule}
-        return kind(model, banks, EstimatorSettings(**{"precision": "fp32", "refinements": 0, **settings}), **options)
+        settings = {"precision": "fp32", "refinements": 0, **settings}
+        return kind(model, banks, EstimatorSettings(**settings), **options)
 
 
 def turn(vector: tuple[float, float, float]) -> np.ndarray:

@@ -68,21 +68,18 @@ class ParameterSpec:
         )
         if self.minimum is not None and self.maximum is not None:
             if isinstance(self.default, int):
-                descriptor.integer_range = [
-                    IntegerRange(from_value=int(self.minimum), to_value=int(self.maximum), step=1)
-                ]
+                whole = IntegerRange(from_value=int(self.minimum), to_value=int(self.maximum), step=1)
+                descriptor.integer_range = [whole]
             else:
-                descriptor.floating_point_range = [
-                    FloatingPointRange(from_value=float(self.minimum), to_value=float(self.maximum))
-                ]
+                span = FloatingPointRange(from_value=float(self.minimum), to_value=float(self.maximum))
+                descriptor.floating_point_range = [span]
         return descriptor
 
     def refusal(self, value: Any) -> str:
         """Why the parameter can't have this value; empty if it can."""
         if self.choices and value not in self.choices:
-            return (
-                f"parameter {self.name} is {value!r}: it must be one of {', '.join(map(str, self.choices))}"
-            )
+            known = ", ".join(map(str, self.choices))
+            return f"parameter {self.name} is {value!r}: it must be one of {known}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"parameter {self.name} is {value}: it must be a finite number"
         reason = self.check(value)
@@ -158,10 +155,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "refinements",
         EstimatorSettings.refinements,
-        "Most rounds of refinement: objects are rendered at their poses and compared with the image; 0: none.",
-        minimum=0,
-        maximum=MOST_REFINEMENTS,
-        changeable=Changeable.ALWAYS,
+        "Most rounds of refinement: objects are rendered at their poses and compared with the image.",
+        *(0, MOST_REFINEMENTS, (), Changeable.ALWAYS),
     ),
     ParameterSpec(
         "precision",
