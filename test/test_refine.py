@@ -12,10 +12,11 @@ import trimesh
 from oracle import OracleModel
 from scipy.spatial.transform import Rotation
 
-from picopose_ros.errors import ConfigError
+from picopose_ros.errors import ConfigError, ImageError
 from picopose_ros.estimation import refine as refine_module
+from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
-from picopose_ros.estimation.refine_step import Look, Step, Weights
+from picopose_ros.estimation.refine_step import Look, Step
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.least_squares import moved
@@ -118,7 +119,7 @@ def test_poses_get_better_and_say_by_how_many_rounds(world: World) -> None:
 def test_the_covariance_is_of_the_size_of_the_errors(world: World) -> None:
     for pose in world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments()).poses:
         sigma = np.sqrt(np.diag(pose.covariance))
-        assert 1e-4 < sigma[2] < 0.01 and 1e-4 < sigma[:2].max() < 0.003
+        assert 1e-4 < sigma[2] < 0.02 and 1e-4 < sigma[:2].max() < 0.004
         assert np.radians(0.05) < sigma[3:].max() < np.radians(4)
         assert np.linalg.eigvalsh(pose.covariance).min() > 0
 
@@ -238,3 +239,73 @@ def test_a_step_that_fails_later_keeps_what_was_reached(
     assert len(seen) == 2
     assert isinstance(found, Refined) and found.rounds == 1
     assert found.step.T_cam_obj[0, 3] == pytest.approx(0.001)
+
+
+def _depth_image(world: World, seed: int = 0) -> np.ndarray:
+    """What a stereo camera would see of the objects before a wall at 0.9 m: noise, holes, flying pixels."""
+    rng = np.random.default_rng(seed)
+    with MeshRenderer() as renderer:
+        placed = [(world.meshes[name], T) for name, T in world.truth.items()]
+        depth = renderer.render_scene(placed, K, *SIZE).depth
+    depth = np.where(depth > 0, depth, np.float32(0.9))
+    depth = cv2.blur(depth, (3, 3))  # at edges depths lie between the surfaces
+    noise = cv2.GaussianBlur(rng.normal(size=depth.shape).astype(np.float32), (0, 0), 1.5)
+    depth = depth + noise / noise.std() * (0.001 + 0.002 * depth**2)
+    holes = cv2.GaussianBlur(rng.normal(size=depth.shape).astype(np.float32), (0, 0), 4)
+    depth[holes > 1.2 * holes.std()] = 0
+    return depth.astype(np.float32)
+
+
+def test_a_depth_image_makes_the_depth_right_where_masks_are_ragged(world: World) -> None:
+    rng = np.random.default_rng(1)
+    noise = cv2.GaussianBlur(rng.normal(size=SIZE[::-1]).astype(np.float32), (0, 0), 5)
+
+    def ragged(mask: np.ndarray) -> np.ndarray:
+        soft = cv2.GaussianBlur(cv2.dilate(mask.astype(np.float32), np.ones((7, 7))), (0, 0), 3)
+        return soft + 0.3 * noise / noise.std() > 0.5
+
+    depth = _depth_image(world)
+    segments = world.segments(ragged)
+    alone, metres, millimetres = (
+        world.estimator.refine(world.rgb, CAMERA, world.poses(), segments, depth=one)
+        for one in (None, depth, np.rint(1000 * depth).astype(np.uint16))
+    )
+    assert metres.unrefined == millimetres.unrefined == []
+    assert world.misses(metres.poses)[2] < min(0.006, world.misses(alone.poses)[2] + 0.001)
+    assert world.misses(metres.poses)[0] < 0.03
+    assert world.misses(millimetres.poses)[2] < 0.006
+    for with_depth, without in zip(metres.poses, alone.poses):
+        assert with_depth.covariance[2, 2] < without.covariance[2, 2]
+
+
+def test_a_depth_image_in_the_wrong_unit_is_said_and_not_used(world: World) -> None:
+    wrong = 1000 * _depth_image(world)
+    result = world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments(), depth=wrong)
+    without = world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments())
+    assert [segment for segment, _ in result.unrefined] == [0, 1]
+    assert all("depth image is not used" in said and "millimetres" in said for _, said in result.unrefined)
+    for one, other in zip(result.poses, without.poses):
+        np.testing.assert_allclose(one.T_cam_obj, other.T_cam_obj, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("depth", "said"),
+    [
+        (np.zeros((240, 320), np.float32), "320x240.*registered"),
+        (np.zeros((480, 640, 3), np.float32), r"\(480, 640, 3\)"),
+        (np.zeros((480, 640), np.int32), "int32"),
+    ],
+)
+def test_a_depth_image_of_another_form_is_refused(world: World, depth: np.ndarray, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        world.estimator.refine(world.rgb, CAMERA, world.poses(), depth=depth)
+
+
+def test_a_depth_image_that_saw_nothing_changes_nothing(world: World) -> None:
+    blind = np.full(SIZE[::-1], np.nan, np.float32)
+    one, other = (
+        world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments(), depth=depth)
+        for depth in (blind, None)
+    )
+    assert one.unrefined == []
+    np.testing.assert_allclose(one.poses[0].T_cam_obj, other.poses[0].T_cam_obj, atol=1e-9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,12 +13,13 @@ import torch
 from picopose_ros.errors import ConfigError, PicoPoseError
 from picopose_ros.estimation import regression
 from picopose_ros.estimation.backends import encode_by
-from picopose_ros.estimation.choosing import MIN_INLIERS, choose_pose
+from picopose_ros.estimation.choosing import choose_pose
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.queries import Query, check_image, make_queries
 from picopose_ros.estimation.refine import Refined, Start, Task, quality, refine_poses
 from picopose_ros.estimation.refine_step import Look, Step, refine_step
+from picopose_ros.estimation.refining import answer, in_metres, refined_pose, remark, straighten_tasks
 from picopose_ros.estimation.results import (
     Choice,
     EstimateResult,
@@ -33,7 +33,6 @@ from picopose_ros.estimation.retrieval import choose_templates
 from picopose_ros.estimation.settings import Backend, EstimatorSettings, Precision, torch_device
 from picopose_ros.estimation.solving import SolvedHypothesis, place_template, solve_hypothesis
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.geometry.rectify import straighten
 from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
@@ -159,7 +158,12 @@ class PoseEstimator:
         return self._network.resident_bytes()
 
     def estimate(
-        self, rgb: np.ndarray, camera: CameraModel, segments: Sequence[Segment], trace: bool = False
+        self,
+        rgb: np.ndarray,
+        camera: CameraModel,
+        segments: Sequence[Segment],
+        trace: bool = False,
+        depth: np.ndarray | None = None,
     ) -> EstimateResult:
         """Poses of all segments of an image, in one batched pass.
 
@@ -168,12 +172,15 @@ class PoseEstimator:
             camera: of the image.
             segments: of the image. One that can't have a pose is skipped with a reason; the others go on.
             trace: also return the output of every stage; the poses are the same.
+            depth: (H, W) registered to the image, float in metres or uint16 in millimetres, 0 or NaN where
+                there is none; refinement uses it.
 
         Raises:
-            ImageError: the image isn't (H, W, 3) uint8.
+            ImageError: the image isn't (H, W, 3) uint8, or the depth image is of another form or size.
             CameraError: the camera can't be used or is of another image size.
         """
         check_image(rgb, camera)
+        depth = None if depth is None else in_metres(depth, camera)
         clock = StageClock(self.device)
         queries, skipped = self._crop(rgb, segments)
         clock.lap("crop")
@@ -188,7 +195,15 @@ class PoseEstimator:
             solved = self._solve(queries, chosen, found, camera, clock)
         clock.lap("pnp")
         counts = [range(1, len(own) + 1) if trace else [len(own)] for own in solved]
-        answers, reasons = self._answer(rgb, camera, queries, solved, counts)
+        rounds = 0 if self.settings.decode == "reference" else self.settings.refinements
+        answers, reasons = answer(
+            queries,
+            solved,
+            counts,
+            lambda query, own: self._choose(query, own, camera),
+            (lambda tasks: self._refine(rgb, camera, tasks, rounds, depth)) if rounds else None,
+            self._calibration,
+        )
         clock.lap("refine")
         poses: list[ObjectPose] = []
         unrefined: list[tuple[int, str]] = []
@@ -197,7 +212,7 @@ class PoseEstimator:
                 skipped.append((query.index, "no pose agrees with the network's correspondences"))
                 continue
             poses.append(own[-1])
-            if why[-1] is not None:
+            if why[-1]:
                 unrefined.append((query.index, why[-1]))
         timings = clock.milliseconds()
         traces = []
@@ -212,11 +227,12 @@ class PoseEstimator:
         poses: Sequence[ObjectPose],
         segments: Sequence[Segment] | None = None,
         rounds: int | None = None,
+        depth: np.ndarray | None = None,
     ) -> EstimateResult:
         """Improve poses, wherever they come from, by what the image shows of the objects.
 
         Args:
-            rgb, camera: as in :meth:`estimate`.
+            rgb, camera, depth: as in :meth:`estimate`.
             poses: to begin with; ``class_id`` is that of a bank, ``T_cam_obj`` the pose. Of one that can't be
                 improved the result holds the pose as it is, and the reason in ``unrefined``.
             segments: their masks, by the poses' ``segment``; None: the objects' own silhouettes at the poses,
@@ -231,6 +247,7 @@ class PoseEstimator:
             ConfigError: a pose names a class without a bank, or a segment that isn't there.
         """
         check_image(rgb, camera)
+        depth = None if depth is None else in_metres(depth, camera)
         clock = StageClock(self.device)
         rounds = self.settings.refinements if rounds is None else rounds
         tasks = []
@@ -244,10 +261,10 @@ class PoseEstimator:
             mask = None if segment is None or segment.is_box else segment.mask
             start = Start(np.asarray(pose.T_cam_obj, np.float64), pose.confidence)
             tasks.append(Task(pose.class_id, mask, (start,)))
-        refined = self._refine(rgb, camera, tasks, rounds)
+        refined = self._refine(rgb, camera, tasks, rounds, depth)
         clock.lap("refine")
-        found = [pose if isinstance(r, str) else self._refined(pose, r) for pose, r in zip(poses, refined)]
-        why = [(pose.segment, r) for pose, r in zip(poses, refined) if isinstance(r, str)]
+        found = [refined_pose(pose, one, self._calibration) for pose, one in zip(poses, refined)]
+        why = [(pose.segment, remark(one)) for pose, one in zip(poses, refined) if remark(one)]
         return EstimateResult(found, [], clock.milliseconds(), unrefined=why)
 
     def examine(
@@ -391,68 +408,21 @@ class PoseEstimator:
         clock.lap("pnp")
         return solved
 
-    def _answer(
+    def _refine(
         self,
         rgb: np.ndarray,
         camera: CameraModel,
-        queries: Sequence[Query],
-        solved: Sequence[Sequence[SolvedHypothesis]],
-        counts: Sequence[Sequence[int]],
-    ) -> tuple[list[list[ObjectPose | None]], list[list[str | None]]]:
-        """Per query, what is published with its first k hypotheses, for some k, and why one isn't refined."""
-        answers: list[list[ObjectPose | None]] = []
-        tasks: list[Task] = []
-        origins: list[tuple[int, int, list[ObjectPose]]] = []
-        rounds = 0 if self.settings.decode == "reference" else self.settings.refinements
-        for row, (query, own, ks) in enumerate(zip(queries, solved, counts)):
-            answers.append([self._choose(query, own[:k], camera) for k in ks])
-            for place, (k, answer) in enumerate(zip(ks, answers[-1])):
-                if answer is None or rounds == 0:
-                    continue
-                poses, values = [answer], [0.0]
-                if answer.source == "offsets":
-                    known = [one for one in own[:k] if _may_be_refined(one)]
-                    each = [(self._choose(query, [one], camera), one.quality) for one in known]
-                    poses, values = zip(*((p, v) for p, v in each if p is not None and p.source == "offsets"))
-                starts = tuple(Start(p.T_cam_obj, v) for p, v in zip(poses, values))
-                # Of a box nothing is known but that the object is in it.
-                mask = None if query.segment.is_box else query.segment.mask
-                tasks.append(Task(query.bank.class_id, mask, starts))
-                origins.append((row, place, list(poses)))
-        reasons: list[list[str | None]] = [[None] * len(own) for own in answers]
-        refined = self._refine(rgb, camera, tasks, rounds)
-        for (row, place, poses), one in zip(origins, refined):
-            if isinstance(one, str):
-                reasons[row][place] = one
-            else:
-                answers[row][place] = self._refined(poses[one.start], one)
-        return answers, reasons
-
-    def _refine(
-        self, rgb: np.ndarray, camera: CameraModel, tasks: Sequence[Task], rounds: int
+        tasks: Sequence[Task],
+        rounds: int,
+        depth: np.ndarray | None,
     ) -> list[Refined | str]:
-        """See `refine_poses`; the lens' distortion is taken out of image and masks first."""
-        if not tasks:
-            return []
-        masks = {id(task.mask): task.mask for task in tasks if task.mask is not None}
-        rgb, *straight = straighten([rgb, *masks.values()], camera)
-        by_id = dict(zip(masks, straight))
-        tasks = [replace(task, mask=by_id.get(id(task.mask))) for task in tasks]
+        """See `refine_poses`; the lens' distortion is taken out of image, depth and masks first."""
+        if not tasks or not rounds:
+            return ["no rounds were asked for"] * len(tasks)
+        tasks, rgb, depth = straighten_tasks(tasks, rgb, depth, camera)
         blacken = self.model.config.mask_background and not self.settings.keep_background
-        return refine_poses(self._network, self._views, rgb, camera.K, tasks, rounds, blacken)
-
-    def _refined(self, pose: ObjectPose, refined: Refined) -> ObjectPose:
-        """A pose after its refinement."""
-        step = refined.step
-        return replace(
-            pose,
-            T_cam_obj=step.T_cam_obj,
-            confidence=float(np.clip(self._calibration.apply(quality(step)), 0.0, 1.0)),
-            covariance=step.covariance,
-            source="offsets",
-            inliers=step.inliers,
-            inlier_ratio=step.inlier_ratio,
-            refinements=pose.refinements + refined.rounds,
+        return refine_poses(
+            self._network, self._views, rgb, camera.K, tasks, rounds, blacken, depth=depth
         )
 
     def _prefixes(
@@ -493,6 +463,3 @@ class PoseEstimator:
             )
         return SegmentTrace(query, tuple(traces), tuple(answers))
 
-
-def _may_be_refined(one: SolvedHypothesis) -> bool:
-    return one.solution is not None and len(one.solution.inliers) >= MIN_INLIERS

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
-from picopose_ros.estimation.refine_step import Look, Step, Weights, refine_step
+from picopose_ros.estimation.refine_step import Look, Step, refine_step
+from picopose_ros.geometry.depth import reliable_depth
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.templates.posed import PosedViews
 
@@ -84,6 +86,7 @@ def refine_poses(
     rounds: int,
     blacken: bool = True,
     weights: Weights | None = None,
+    depth: np.ndarray | None = None,
 ) -> list[Refined | str]:
     """Refine poses in an image.
 
@@ -95,11 +98,13 @@ def refine_poses(
         tasks: one per segment.
         rounds: most of them.
         blacken, weights: as of `refine_step`.
+        depth: (H, W) m, of the same undistorted camera; 0 where there is none.
 
     Returns:
         Per task the result, or why there is none.
     """
     states = [_State(task) for task in tasks]
+    depths = _Depths(depth)
     steps: dict[tuple[int, bytes], Step | str] = {}
     for number in range(rounds):
         wanted: dict[tuple[int, bytes], tuple[str, np.ndarray, np.ndarray | None]] = {}
@@ -109,7 +114,7 @@ def refine_poses(
         if not wanted:
             break
         wanted = {key: one for key, one in wanted.items() if key not in steps}
-        steps.update(_steps(network, views, rgb, K, wanted, number, blacken, weights))
+        steps.update(_steps(network, views, rgb, K, wanted, number, blacken, weights, depths))
         for state in states:
             state.take(steps, number)
     return [state.result() for state in states]
@@ -124,6 +129,7 @@ def _steps(
     number: int,
     blacken: bool,
     weights: Weights | None,
+    depths: _Depths,
 ) -> dict[tuple[int, bytes], Step | str]:
     """One round: a step for each pose, or why there is none."""
     found: dict[tuple[int, bytes], Step | str] = {}
@@ -139,7 +145,7 @@ def _steps(
             found[key] = "the segment is in another place than the object at its pose"
             continue
         shown = silhouette if mask is None or number else mask
-        looks[key] = Look(view, T, shown, mask)
+        looks[key] = Look(view, T, shown, mask, depth=depths.of(mask))
     for key, step in zip(looks, refine_step(network, rgb, K, list(looks.values()), blacken, weights)):
         if step is None:
             found[key] = "rendering and image have no correspondences that fix a pose"
@@ -148,6 +154,22 @@ def _steps(
         else:
             found[key] = step
     return found
+
+
+class _Depths:
+    """What of a depth image is believed of each mask, worked out once."""
+
+    def __init__(self, depth: np.ndarray | None) -> None:
+        self._depth = depth
+        self._made: dict[int, np.ndarray] = {}
+
+    def of(self, mask: np.ndarray | None) -> np.ndarray | None:
+        """See `reliable_depth`; None without a depth image."""
+        if self._depth is None:
+            return None
+        if id(mask) not in self._made:
+            self._made[id(mask)] = reliable_depth(self._depth, mask)
+        return self._made[id(mask)]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from picopose_ros.estimation.evidence import STAGES, Evidence, Weights
 from picopose_ros.estimation.passes import Network, patch_masks
-from picopose_ros.geometry.contours import contour_lines, mask_edges, signed_distance
 from picopose_ros.geometry.correspondences import Correspondences, decode_correspondences
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.crops import (
@@ -24,8 +24,7 @@ from picopose_ros.geometry.crops import (
     crop_rgb,
     mask_background,
 )
-from picopose_ros.geometry.least_squares import Edges, Prior, Reprojections, Solution, Term, solve
-from picopose_ros.geometry.regions import region_edges
+from picopose_ros.geometry.least_squares import Prior, Reprojections, Solution, Term, solve
 from picopose_ros.model.offsets import sample_at
 from picopose_ros.templates.posed import PosedView
 
@@ -36,47 +35,6 @@ _CUTOFFS = (20.0, 2.0)
 """Of the correspondences, in turn: the first brings the pose near from wherever it begins."""
 _PAIRS = 400
 """Correspondences that are used: neighbours say the same."""
-_REACHES = (0.06, 0.03, 0.03)
-"""How far from the contour an edge is looked for, in turn, as a share of the crop's side."""
-_LEAST_REACH_PX = 3.0
-_ROUGHNESS = 1.5
-"""Standard deviation of a ragged mask's edge, in those of its deviations from the contour."""
-_MIN_EDGES = 20
-_MIN_COSINE = 0.6
-"""Between the normals of the contour and of the mask where an edge is taken."""
-_BORDER_PX = 2.0
-"""A mask that ends this near to the image's border ends there and not at the object's edge."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How large the errors are of what a pose is solved from; measured with the packaged weights.
-
-    Attributes:
-        pair_sigma: of one coordinate of a correspondence, crop px.
-        pairs_together: correspondences that count as one, because neighbours err alike.
-        pair_scale: of the common factor by which all correspondences are too far apart.
-        edge_sigma: of one point of the mask's edge, image px.
-        edges_together: such points that count as one.
-        mask_growth: of what a mask is too large or small by all round, share of the crop's side.
-        least_growth: the same in px, where that is more.
-        region_sigma: factor on what `region_edges` says of its errors.
-        region_growth: of what all these edges are too far out or in by, px.
-        regions_together: lines across the contour that count as one.
-        covariance: factor from the least squares' covariance to that of the true errors.
-    """
-
-    pair_sigma: float = 1.3
-    pairs_together: float = 200.0
-    pair_scale: float = 0.02
-    edge_sigma: float = 0.5
-    edges_together: float = 4.0
-    mask_growth: float = 0.017
-    least_growth: float = 1.0
-    region_sigma: float = 1.0
-    regions_together: float = 8.0
-    region_growth: float = 0.7
-    covariance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +47,7 @@ class Look:
         mask: (H, W) bool, the pixels that are shown to the network.
         segment: (H, W) bool, the mask whose edge is used; None: no contour.
         prior: (6, 6) covariance of ``T_cam_obj``, if it is to count; in the order of ROS.
+        depth: (H, W) m of `picopose_ros.geometry.depth.reliable_depth`, registered to the image; or None.
     """
 
     view: PosedView
@@ -96,6 +55,7 @@ class Look:
     mask: np.ndarray
     segment: np.ndarray | None = None
     prior: np.ndarray | None = None
+    depth: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +68,9 @@ class Step:
         covered: share of the mask's patches that correspondences reach.
         explained: share of the view's patches that have correspondences in the image.
         inliers: correspondences that agree with the pose. inlier_ratio: their share.
-        moved: length of the step in standard deviations of its result.
+        moved: length of the step in standard deviations of the least squares.
         weights: per term how much each measurement counted.
+        remark: what of the evidence could not be used, and why; or "".
     """
 
     T_cam_obj: np.ndarray
@@ -121,6 +82,7 @@ class Step:
     inlier_ratio: float
     moved: float
     weights: Mapping[str, np.ndarray]
+    remark: str = ""
 
 
 def refine_step(
@@ -249,80 +211,14 @@ def _solve(
         if solution is None:
             return None
         pose = solution.T_cam_obj
-    side = CROP_SIZE / scale
-    margin = int(2 * _REACHES[0] * side + 2 * _LEAST_REACH_PX)
-    distance = None if look.segment is None else signed_distance(look.segment, margin)
-    rough = weights.edge_sigma
-    for reach in _REACHES:
-        edges = _edges(view, rgb, distance, pose, K, reach * side, side, rough, weights)
-        better = solve(pose, {**terms, **edges}) if edges else None
+    evidence = Evidence(view, rgb, K, CROP_SIZE / scale, look.segment, look.depth, weights)
+    for stage in range(STAGES):
+        found = evidence.terms(pose, stage)
+        better = solve(pose, {**terms, **found}) if found else None
         if better is None:
             break
         pose, solution = better.T_cam_obj, better
-        if "contour" in edges:
-            rough = max(weights.edge_sigma, _ROUGHNESS * _roughness(edges["contour"], pose))
-    return _step(look, K, crop, pairs, solution, agreement, weights)
-
-
-def _edges(
-    view: PosedView,
-    rgb: np.ndarray,
-    distance: np.ndarray | None,
-    pose: np.ndarray,
-    K: np.ndarray,
-    reach: float,
-    side: float,
-    rough: float,
-    weights: Weights,
-) -> dict[str, Edges]:
-    """Where the object ends along the normals of the view's contour: in its mask, and in the image.
-
-    Args:
-        distance: (H, W) `signed_distance` of the mask, or None. reach: px. side: of the crop, px.
-    """
-    height, width = rgb.shape[:2]
-    contour = view.contour
-    origin, normal = contour_lines(contour, view.T_view_obj, pose, view.K, K)
-    reach = max(reach, _LEAST_REACH_PX)
-
-    def inside(at: np.ndarray) -> np.ndarray:
-        return (at.min(1) > _BORDER_PX) & (at < [width - 1 - _BORDER_PX, height - 1 - _BORDER_PX]).all(1)
-
-    def made(
-        good: np.ndarray, offset: np.ndarray, sigma: np.ndarray, together: float, growth: float
-    ) -> Edges:
-        return Edges(
-            contour.xyz[good],
-            K,
-            origin[good],
-            normal[good],
-            offset[good],
-            sigma[good],
-            together=together,
-            growth_sigma=growth,
-        )
-
-    found: dict[str, Edges] = {}
-    if distance is not None:
-        offset, cosine = mask_edges(distance, origin, normal, reach)
-        at = origin + normal * np.nan_to_num(offset)[:, None]
-        good = np.isfinite(offset) & inside(at) & (cosine > _MIN_COSINE)
-        if good.sum() >= _MIN_EDGES:
-            growth = max(weights.mask_growth * side, weights.least_growth)
-            sigma = np.full(len(offset), rough)
-            found["contour"] = made(good, offset, sigma, weights.edges_together, growth)
-    good = inside(origin) & np.isfinite(normal).all(1)
-    if good.sum() >= _MIN_EDGES:
-        offset, sigma = region_edges(rgb, origin, normal, reach)
-        scaled = sigma * weights.region_sigma
-        found["region"] = made(good, offset, scaled, weights.regions_together, weights.region_growth)
-    return found
-
-
-def _roughness(edges: Edges, pose: np.ndarray) -> float:
-    """Standard deviation, px, of a mask's edge about the contour at a pose, by the median deviation."""
-    off = edges.linearise(pose).residual[:, 0] * edges.sigma
-    return 1.48 * float(np.median(np.abs(off - np.median(off))))
+    return _step(look, K, crop, pairs, solution, agreement, evidence.remark, weights)
 
 
 def _step(
@@ -332,6 +228,7 @@ def _step(
     pairs: Correspondences,
     solution: Solution,
     agreement: float,
+    remark: str,
     weights: Weights,
 ) -> Step | None:
     T = solution.T_cam_obj
@@ -356,8 +253,9 @@ def _step(
         explained=_share(look.view.crop.mask, (shown - [box.left, box.top]) / box.side),
         inliers=int(inlier.sum()),
         inlier_ratio=float(inlier.mean()),
-        moved=float(np.sqrt(motion @ np.linalg.solve(covariance, motion))),
+        moved=float(np.sqrt(motion @ np.linalg.solve(solution.covariance, motion))),
         weights=solution.weights,
+        remark=remark,
     )
 
 
