@@ -27,6 +27,7 @@ TOPICS = {
     "image": ("image_raw", "Images to look at (sensor_msgs/Image)."),
     "camera_info": ("camera_info", "Their intrinsics (sensor_msgs/CameraInfo)."),
     "segmentation": ("segmentation", "Masks of the objects in them (see segmentation_input)."),
+    "depth": ("depth", "Depth images registered to the image, where depth is auto (sensor_msgs/Image)."),
     "labels": ("labels", "Label images, where segmentation_input is detections (sensor_msgs/Image)."),
 }
 PARAMETERS = {

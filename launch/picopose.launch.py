@@ -28,11 +28,11 @@ TOPICS = {
     "image": "Images to look at (sensor_msgs/Image).",
     "camera_info": "Their intrinsics (sensor_msgs/CameraInfo).",
     "segmentation": "Masks of the objects in them (see segmentation_input).",
+    "depth": "Depth registered to the image, where depth is auto or segmenter.depth set (sensor_msgs/Image).",
     "labels": "Label images, where segmentation_input is detections (sensor_msgs/Image).",
 }
 SEGMENTER_TOPICS = {
     "boxes": "Boxes of another detector, where proposals is boxes (vision_msgs/Detection2DArray).",
-    "depth": "Depth of the same stamps, where segmenter.depth is set (sensor_msgs/Image).",
 }
 SEGMENTER = {
     "proposals": ("segmenter.proposals", "Masks without a class: builtin, boxes, sam, sam2 or fastsam."),

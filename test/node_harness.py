@@ -309,7 +309,7 @@ def local_node(**parameters: object) -> Iterator[PicoPoseNode]:
 
 OF_A_PART = frozenset(
     {
-        *("bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
+        *("bad_depth", "bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
         *("unrefined", "bad_frame_id", "no_transform", "no_overlay"),
     }
 )

@@ -260,7 +260,11 @@ def test_parameters_exist_in_the_node(launch_file: types.ModuleType) -> None:
 def test_topics_are_remapped_for_the_node_and_for_rviz(launch_file: types.ModuleType) -> None:
     topics = {"image": "/cam/image_raw", "camera_info": "/cam/camera_info", "segmentation": "/masks"}
     node, rviz = start(launch_file, **topics)
-    assert {inner: outer for inner, outer in node["remappings"]} == {**topics, "labels": "labels"}
+    assert {inner: outer for inner, outer in node["remappings"]} == {
+        **topics,
+        "labels": "labels",
+        "depth": "depth",
+    }
     assert node["remappings"] == rviz["remappings"]
 
 

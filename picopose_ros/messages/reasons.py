@@ -23,6 +23,7 @@ class DropReason(str, Enum):
     BAD_IMAGE = "bad_image"
     UNCALIBRATED = "uncalibrated"
     BAD_CAMERA_INFO = "bad_camera_info"
+    BAD_DEPTH = "bad_depth"
     BAD_SEGMENT = "bad_segment"
     MASK_SIZE = "mask_size"
     EMPTY_MASK = "empty_mask"

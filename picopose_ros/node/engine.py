@@ -117,13 +117,14 @@ class Engine:
         hypotheses: int,
         prune: int = 0,
         refinements: int = EstimatorSettings.refinements,
+        depth: np.ndarray | None = None,
     ) -> EstimateResult:
         """Poses of the segments of an image; see `PoseEstimator.estimate`."""
         settings = self._estimator.settings
         wanted = replace(settings, hypotheses=hypotheses, prune=prune, refinements=refinements)
         if wanted != settings:
             self._estimator.settings = wanted
-        return self._estimator.estimate(rgb, camera, segments)
+        return self._estimator.estimate(rgb, camera, segments, depth=depth)
 
     @property
     def estimator(self) -> PoseEstimator | None:

@@ -17,6 +17,7 @@ from picopose_ros.messages.detections import yolo_message_type
 from picopose_ros.messages.reasons import no_stamp
 from picopose_ros.msg import SegmentArray
 from picopose_ros.node.conversions import stamp_to_nanoseconds
+from picopose_ros.node.depth import DepthBuffer
 from picopose_ros.node.diagnostics import Latencies
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.pairing import HalfJoin, Pair, PairingCounts, StampPairing
@@ -36,6 +37,8 @@ def resolve_topics(node: Node, p: NodeParameters) -> dict[str, str]:
     names = ["image", "camera_info", "segmentation"]
     if p.segmentation_input == "detections":
         names.append("labels")
+    if p.depth == "auto":
+        names.append("depth")
     topics = {name: node.resolve_topic_name(name) for name in names}
     if p.image_transport == "compressed":
         # As image_transport does it: a remapping of the image's topic holds for all its transports.
@@ -74,6 +77,7 @@ class Listener:
     Attributes:
         counts: messages that came and pairs that went, since the node was started.
         topics: full names of the inputs, by what they are.
+        depths: depth images of lately, where they are asked for.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Listener:
         self._halves: HalfJoin | None = None
         self._reliability_given: dict[str, bool] = {}
         self.counts = PairingCounts()
+        self.depths: DepthBuffer | None = None
         self.topics: dict[str, str] = {}
 
     def prepare(self, p: NodeParameters) -> None:
@@ -106,6 +111,7 @@ class Listener:
         self.topics = resolve_topics(self._node, p)
         segmentation_type(p.segmentation_input)  # told of now, not when the node is activated
         with self._lock:
+            self.depths = DepthBuffer(self.topics["depth"]) if p.depth == "auto" else None
             self._pairing = StampPairing(
                 p.buffer_seconds,
                 p.buffer_images,
@@ -126,6 +132,9 @@ class Listener:
         """
         image_type = CompressedImage if p.image_transport == "compressed" else Image
         self._subscribe("image", image_type, self._on_image, IMAGE_DEPTH, p.image_reliability)
+        if self.depths is not None:
+            depths = self.depths
+            self._subscribe("depth", Image, lambda m, _: depths.add(m), IMAGE_DEPTH, p.image_reliability)
         self._subscribe("camera_info", CameraInfo, self._on_camera_info, IMAGE_DEPTH, p.image_reliability)
         if p.segmentation_input == "detections":
             labels, boxes = (functools.partial(self._on_half, half) for half in (1, 0))

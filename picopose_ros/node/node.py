@@ -15,7 +15,7 @@ from std_srvs.srv import Trigger
 
 from picopose_ros.geometry.cameras import is_rectified_topic
 from picopose_ros.messages.frames import FrameReader, FrameRefused
-from picopose_ros.messages.reasons import DropReason
+from picopose_ros.messages.reasons import DropReason, Problem
 from picopose_ros.messages.segmentations import segment_reader
 from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message, memory_use
@@ -390,8 +390,14 @@ class PicoPoseNode(ManagedNode):
             return
         self._drops.report(*frame.bad)
         before = time.monotonic()
+        depth = None
+        if self._listener.depths is not None:
+            depth = self._listener.depths.find(pair.image, (frame.camera.width, frame.camera.height))
+            if isinstance(depth, Problem):
+                self._drops.report(depth)
+                depth = None
         result = engine.estimate(
-            frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune, p.refinements
+            frame.rgb, frame.camera, frame.segments, p.hypotheses, p.prune, p.refinements, depth
         )
         judged = engine.judge(result, frame.segments, p.min_score)
         after = time.monotonic()
