@@ -28,6 +28,7 @@ from node_harness import (
 )
 
 from picopose_ros.node.parameters import PARAMETERS
+from picopose_ros.node.segmenter_parameters import SEGMENTER_PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMERAS = ("left", "right")
@@ -148,7 +149,7 @@ def test_names_that_would_not_do_are_refused(launch_file, cameras: str, message:
 
 
 def test_parameters_exist_in_the_node_and_arguments_are_described(launch_file) -> None:
-    known = {spec.name for spec in PARAMETERS} | {"use_sim_time"}  # the latter is rclpy's own
+    known = {spec.name for spec in (*PARAMETERS, *SEGMENTER_PARAMETERS)} | {"use_sim_time"}  # rclpy's own
     assert set(launch_file.PARAMETERS) | {"tf_prefix"} <= known
     (node,) = start(launch_file, cameras="one")
     assert set(yaml.safe_load(Path(node["params_file"]).read_text())["/**"]["ros__parameters"]) <= known
