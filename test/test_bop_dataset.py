@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_named(copy: MiniBop) -> None:
     rewrite(scene / "scene_gt.json", lambda c: c["3"][1].pop("cam_t_m2c") and None)
     says(lambda d: d.ground_truth(2, 3), "scene_gt.json, image 3, instance 1", "cam_t_m2c")
     rewrite(scene / "scene_gt_info.json", lambda c: c["7"].pop() and None)
-    says(lambda d: d.ground_truth(2, 7), "scene_gt_info.json, image 7", "1 instances, scene_gt.json of 2")
+    says(lambda d: d.ground_truth(2, 7), "scene_gt_info.json, image 7", "1 instances, scene_gt.json has 2")
     (scene / "scene_gt.json").write_text("[]")
     says(lambda d: d.ground_truth(2, 7), "scene_gt.json", "got list")
     (scene / "rgb" / "000003.png").write_bytes(b"\x89PNG broken")
