@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,8 +203,8 @@ def test_a_full_disk_is_reported_and_leaves_no_part(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(objects_module.os, "replace", full)
-    with pytest.raises(PicoPoseError, match=r"benchmark.json \(No space left on device\)"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(PicoPoseError, match=r"benchmark.json cannot be written: No space left on device"):
         write_heldout(tmp_path, objects=1)
     assert not list(tmp_path.iterdir())
 

@@ -136,8 +136,12 @@ def _class_id(index: int) -> str:
 
 def _is_whole(folder: Path, class_id: str, done: dict[str, dict[str, Any]]) -> bool:
     path = folder / f"{class_id}.glb"
-    known = class_id in done and path.is_file()
-    return known and mesh_digest(ObjectSpec(class_id, path)) == done[class_id]["digest"]
+    if class_id not in done or not path.is_file():
+        return False
+    try:
+        return mesh_digest(ObjectSpec(class_id, path)) == done[class_id]["digest"]
+    except MeshError:  # half a file
+        return False
 
 
 def glb_bytes(parts: Sequence[trimesh.Trimesh]) -> bytes:
