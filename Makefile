@@ -8,7 +8,7 @@
 #   make soak    load and faults against the real node; writes docs/soak.md
 #   make clean   removes the environments and all build results
 #
-#   ROS=kilted|jazzy            the ROS distribution; each has its own environment
+#   ROS=jazzy|kilted            the ROS distribution (jazzy): .venv has the default's packages, .venv-kilted Kilted's
 #   MASKS=own                   `make demo` finds the masks itself (recorded)
 #   DEVICE=cuda                 what `make bench` measures (cpu)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := setup
 
-ROS ?= kilted
+ROS ?= jazzy
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
@@ -27,14 +27,15 @@ DURATION ?= 600
 DEVICE ?= cpu
 MASKS ?= recorded
 
-ifeq ($(ROS),kilted)
+ifeq ($(ROS),jazzy)
 VENV := .venv
-else ifeq ($(ROS),jazzy)
-VENV := .venv-jazzy
+else ifeq ($(ROS),kilted)
+VENV := .venv-kilted
 else
-$(error ROS=$(ROS) is unknown; use kilted or jazzy)
+$(error ROS=$(ROS) is unknown; use jazzy or kilted)
 endif
-STAMPS := $(VENV)/stamps
+# One folder per distribution: an environment of another one is not taken for finished.
+STAMPS := $(VENV)/stamps/$(ROS)
 # Modules are compiled when they are first imported; most of torch never is.
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
@@ -57,6 +58,8 @@ setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
 $(STAMPS)/python: scripts/check_system.sh
 	scripts/check_system.sh "$(PYTHON)"
+	@test -d $(STAMPS) || ! test -e $(VENV)/stamps || { echo "$(VENV) holds the packages of another ROS \
+	distribution: remove it (rm -rf $(VENV)) and run make again" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
@@ -70,7 +73,7 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/packages
 	@touch $@
 
 $(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/packages
-	scripts/build_interfaces.sh $(VENV) build/interfaces-$(ROS)
+	scripts/build_interfaces.sh $(VENV) build/interfaces/$(ROS)
 	@touch $@
 
 # After torch: two pips must not work on one environment at the same time.
@@ -112,4 +115,4 @@ test: setup
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv .venv-jazzy build install log *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-kilted build install log *.egg-info .pytest_cache .ruff_cache
