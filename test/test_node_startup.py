@@ -42,6 +42,7 @@ from picopose_ros.node.parameters import (
     declare_parameters,
     read_parameters,
 )
+from picopose_ros.node.segmenter_parameters import SEGMENTER_PARAMETERS
 
 # Parameters, on a node of this process.
 
@@ -85,7 +86,7 @@ def test_the_yaml_file_holds_every_parameter_with_its_default() -> None:
 
     path = Path(__file__).parents[1] / "config" / "picopose.yaml"
     values = yaml.safe_load(path.read_text())["/**"]["ros__parameters"]
-    assert values == {spec.name: spec.default for spec in PARAMETERS}
+    assert values == {spec.name: spec.default for spec in (*PARAMETERS, *SEGMENTER_PARAMETERS)}
 
 
 def test_every_parameter_says_what_it_is_and_when_it_may_be_set() -> None:
@@ -110,7 +111,7 @@ def test_every_parameter_says_what_it_is_and_when_it_may_be_set() -> None:
         ({"min_score": float("nan")}, "min_score"),
         ({"buffer_seconds": "long"}, "buffer_seconds"),
         ({"image_reliability": "perfect"}, "image_reliability is 'perfect'"),
-        ({"segmentation_input": "colours"}, "it must be one of segments, detections, mask"),
+        ({"segmentation_input": "colours"}, "it must be one of segments, detections, boxes, yolo, mask"),
         ({"tf_prefix": "/left"}, "tf_prefix is '/left': TF frames have no leading slash"),
         ({"target_frame": "/base"}, "target_frame is '/base'"),
     ],

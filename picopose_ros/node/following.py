@@ -58,6 +58,11 @@ class Following:
         self._follower = Follower(engine.estimator, nearest=self._answers.nearest)
         self.forget()
 
+    def close(self) -> None:
+        """Let go of the engine: its network and banks are freed with the last that holds them."""
+        self.forget()
+        self._engine = self._reader = self._follower = None
+
     @property
     def report(self) -> dict[str, str]:
         """By the name of an instance, how it fares; for any thread."""

@@ -193,6 +193,7 @@ class PicoPoseNode(ManagedNode):
         if engine is not None and self._finished:
             engine.close()
         self._answers.close()
+        self._following.close()
         self._worker = self._engine = self._reader = None
         self._progress = ""
         del worker, engine  # the last that hold network and banks
