@@ -124,7 +124,9 @@ def make_bank(parity: Parity, model: PicoPose) -> TemplateBank:
 @pytest.fixture(scope="module")
 def estimator(parity: Parity, model: PicoPose) -> PoseEstimator:
     bank = make_bank(parity, model)
-    settings = EstimatorSettings(parity.hypotheses, "reference", min_mask_pixels=MIN_MASK_PIXELS)
+    settings = EstimatorSettings(
+        parity.hypotheses, "reference", min_mask_pixels=MIN_MASK_PIXELS, refinements=0, precision="fp32"
+    )
     return PoseEstimator(model, {bank.class_id: bank}, settings)
 
 
