@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.least_squares import (
     Edges,
+    InView,
     Linearised,
     Prior,
     Reprojections,
@@ -47,9 +48,9 @@ def _reprojections() -> Reprojections:
     return Reprojections(_project(_points(), TRUE), _points(), K, sigma=1.5, scale_sigma=0.02)
 
 
-def _other_view() -> Reprojections:
+def _other_view() -> InView:
     uv = _project(_points(), T_VIEW_CAM @ TRUE)
-    return Reprojections(uv, _points(), K, sigma=1.5, T_view_cam=T_VIEW_CAM)
+    return InView(Reprojections(uv, _points(), K, sigma=1.5, cutoff=np.inf), T_VIEW_CAM)
 
 
 def _edges() -> Edges:
@@ -112,7 +113,7 @@ class _Turned:
 
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_finds_the_pose_by_itself_and_not_with_its_sign_turned(name: str) -> None:
-    term = replace(TERMS[name](), **({} if name == "prior" else {"cutoff": np.inf}))
+    term = replace(TERMS[name](), **({} if name in ("prior", "another view") else {"cutoff": np.inf}))
     start = moved(TRUE, AWAY)
     found = solve(start, {name: term}, steps=30)
     assert found is not None

@@ -8,7 +8,7 @@ pose with its covariance and how well image and view agree come out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class Step:
         moved: length of the step in standard deviations of the least squares.
         weights: per term how much each measurement counted.
         remark: what of the evidence could not be used, and why; or "".
+        terms: what the pose was solved from, but for a prior.
     """
 
     T_cam_obj: np.ndarray
@@ -83,6 +84,7 @@ class Step:
     moved: float
     weights: Mapping[str, np.ndarray]
     remark: str = ""
+    terms: Mapping[str, Term] = field(default_factory=dict, repr=False, compare=False)
 
 
 def refine_step(
@@ -211,14 +213,18 @@ def _solve(
         if solution is None:
             return None
         pose = solution.T_cam_obj
+    used = terms
     evidence = Evidence(view, rgb, K, CROP_SIZE / scale, look.segment, look.depth, weights)
     for stage in range(STAGES):
         found = evidence.terms(pose, stage)
         better = solve(pose, {**terms, **found}) if found else None
         if better is None:
             break
-        pose, solution = better.T_cam_obj, better
-    return _step(look, K, crop, pairs, solution, agreement, evidence.remark, weights)
+        pose, solution, used = better.T_cam_obj, better, {**terms, **found}
+    step = _step(look, K, crop, pairs, solution, agreement, evidence.remark, weights)
+    if step is None:
+        return None
+    return replace(step, terms={name: term for name, term in used.items() if name != "prior"})
 
 
 def _step(

@@ -83,6 +83,7 @@ def refined_pose(pose: ObjectPose, refined: Refined | str, calibration: Calibrat
         inliers=step.inliers,
         inlier_ratio=step.inlier_ratio,
         refinements=pose.refinements + refined.rounds,
+        terms=step.terms,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from picopose_ros.estimation.queries import Query
+from picopose_ros.geometry.least_squares import Term
 
 
 class Choice(NamedTuple):
@@ -71,6 +73,7 @@ class ObjectPose:
         bbox_centre: (3,) centre of the object's bounding box in its own frame, metres.
         bbox_size: (3,) its sides, metres.
         refinements: rounds of refinement that led to the pose; 0: it is as PnP found it.
+        terms: what refinement solved the pose from, for who adds something to it.
     """
 
     class_id: str
@@ -87,6 +90,7 @@ class ObjectPose:
     bbox_centre: np.ndarray
     bbox_size: np.ndarray
     refinements: int = 0
+    terms: Mapping[str, Term] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

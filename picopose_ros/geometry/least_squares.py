@@ -93,7 +93,6 @@ class Reprojections:
         uv: (n, 2) px of an undistorted camera. xyz: (n, 3) object frame, m. K: (3, 3).
         sigma: px, of one coordinate. together, cutoff: see `Term`.
         scale_sigma: standard deviation of the common factor; 0: there is none.
-        T_view_cam: (4, 4) camera of the pose -> camera of these pairs, where that is another view.
     """
 
     uv: np.ndarray
@@ -103,12 +102,11 @@ class Reprojections:
     together: float = 1.0
     cutoff: float = 3.0
     scale_sigma: float = 0.0
-    T_view_cam: np.ndarray | None = None
 
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
-        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K, self.T_view_cam)
+        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K)
         modes = np.zeros((len(uv), 2, 0))
         if self.scale_sigma and len(uv):
             modes = (self.scale_sigma / self.sigma) * (self.uv - self.uv.mean(0))[..., None]
@@ -141,7 +139,7 @@ class Edges:
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
-        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K, None)
+        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K)
         along = ((uv - self.origin) * self.normal).sum(1)
         jacobian = np.einsum("ni,nij->nj", self.normal, by_motion)
         modes = np.zeros((len(uv), 1, 0))
@@ -187,6 +185,44 @@ class Surface:
             (np.concatenate([normal, by_turn], 1) * scale[:, None])[:, None],
             modes,
         )
+
+
+@dataclass(frozen=True)
+class InView:
+    """What another view of the same object says: a term of that view's camera.
+
+    Attributes:
+        term: of the pose in the view's camera.
+        T_view_cam: (4, 4) camera of the pose -> the view's camera.
+        shift_sigma, turn_sigma: standard deviation of where that puts the object in the view, per axis, m
+            and rad: an unknown motion that all measurements of the view share. 0: it is exact.
+    """
+
+    term: Term
+    T_view_cam: np.ndarray
+    shift_sigma: float = 0.0
+    turn_sigma: float = 0.0
+
+    @property
+    def together(self) -> float:
+        """See `Term`."""
+        return self.term.together
+
+    @property
+    def cutoff(self) -> float:
+        """See `Term`."""
+        return self.term.cutoff
+
+    def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
+        """See `Term`."""
+        line = self.term.linearise(self.T_view_cam @ T_cam_obj)
+        turn = np.zeros((6, 6))  # a motion in the axes of one camera as one in those of the other
+        turn[:3, :3] = turn[3:, 3:] = self.T_view_cam[:3, :3]
+        modes = line.modes
+        if self.shift_sigma or self.turn_sigma:
+            own = line.jacobian * np.repeat([self.shift_sigma, self.turn_sigma], 3)
+            modes = np.concatenate([modes, own], 2)
+        return Linearised(line.residual, line.jacobian @ turn, modes)
 
 
 @dataclass(frozen=True)
@@ -316,20 +352,14 @@ def _solved(H: np.ndarray, g: np.ndarray) -> np.ndarray | None:
     return step if np.isfinite(step).all() else None
 
 
-def _projected(
-    arm: np.ndarray, origin: np.ndarray, K: np.ndarray, T_view_cam: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _projected(arm: np.ndarray, origin: np.ndarray, K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 2) of points, and their derivative (n, 2, 6) by the motion of the pose.
 
     Args:
         arm: (n, 3) the points less the object's origin, camera frame. origin: (3,) camera frame.
-        K: (3, 3). T_view_cam: (4, 4) to the camera that sees them; None: the pose's own.
+        K: (3, 3).
     """
     point = arm + origin
-    turn = None
-    if T_view_cam is not None:
-        turn = T_view_cam[:3, :3]
-        point = point @ turn.T + T_view_cam[:3, 3]
     x, y, z = point.T
     with np.errstate(all="ignore"):
         behind = np.where(z > 0, 1.0, np.nan)
@@ -337,8 +367,6 @@ def _projected(
         by_point = np.zeros((len(point), 2, 3))
         by_point[:, 0, 0], by_point[:, 0, 2] = K[0, 0] / z, -K[0, 0] * u / z
         by_point[:, 1, 1], by_point[:, 1, 2] = K[1, 1] / z, -K[1, 1] * v / z
-    if turn is not None:
-        by_point = by_point @ turn
     uv = np.stack([K[0, 0] * u + K[0, 2], K[1, 1] * v + K[1, 2]], 1)
     # By a turn: b . (w x arm) = w . (arm x b).
     bx, by, bz = by_point[..., 0], by_point[..., 1], by_point[..., 2]
