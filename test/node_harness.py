@@ -310,7 +310,7 @@ def local_node(**parameters: object) -> Iterator[PicoPoseNode]:
 OF_A_PART = frozenset(
     {
         *("bad_depth", "bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
-        *("unrefined", "bad_frame_id", "no_transform", "no_overlay"),
+        *("unrefined", "views_forgotten", "bad_frame_id", "no_transform", "no_overlay"),
     }
 )
 """Reasons that drop a segment or an output beside the detections: the segmentation is still answered."""

@@ -33,6 +33,7 @@ class DropReason(str, Enum):
     NO_POSE = "no_pose"
     LOW_SCORE = "low_score"
     UNREFINED = "unrefined"
+    VIEWS_FORGOTTEN = "views_forgotten"
     BAD_FRAME_ID = "bad_frame_id"
     NO_TRANSFORM = "no_transform"
     NO_OVERLAY = "no_overlay"

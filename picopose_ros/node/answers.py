@@ -15,6 +15,7 @@ from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import MarkerArray
 
 from picopose_ros.errors import MeshError, RenderError
+from picopose_ros.estimation.views import Views
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.motion import CameraMotion
 from picopose_ros.instances import InstanceTracker, TrackedPose
@@ -68,6 +69,7 @@ class Answers:
         self._mesh_resources: dict[str, MeshResource] = {}
         self._epoch = 0
         self._motion = CameraMotion()
+        self._views: Views | None = None
         # Shared by the worker and the executor's threads.
         self._lock = threading.Lock()
         self._tracker: InstanceTracker | None = None
@@ -86,6 +88,7 @@ class Answers:
         """
         self._image_topic = image_topic
         self._epoch = 0
+        self._views = Views(p.fuse_views) if p.fuse_views > 1 else None
         with self._lock:
             self._tracker = InstanceTracker(
                 timeout=p.instance_timeout, max_distance=p.instance_distance, smoothing=p.smoothing
@@ -158,6 +161,8 @@ class Answers:
             self._tracker.retired()
             self._last_answer = None
             self._motion.clear()
+            if self._views is not None:
+                self._views.clear()
         self.clear_markers()
 
     def clear_markers(self) -> None:
@@ -193,8 +198,16 @@ class Answers:
                 self._tracker.clear()
                 self._motion.clear()
                 self._epoch = pair.epoch
+                if self._views is not None:
+                    self._views.clear()
             if T_target_cam is not None:
                 self._motion.know(stamp, T_target_cam)
+                if self._views is not None:
+                    fused = self._views.fuse(poses, T_target_cam)
+                    poses = fused.poses
+                    for position, why in fused.remarks:
+                        said = f"'{poses[position].class_id}': {why}"
+                        self._drops.record(DropReason.VIEWS_FORGOTTEN, said)
             # An image whose transform is late is named as if the camera had moved on as before.
             tracked = self._tracker.update(stamp, poses, self._motion.at(stamp), tracked_ids)
             retired = self._tracker.retired()

@@ -99,6 +99,13 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         choices=("off", "auto"),
     ),
     ParameterSpec(
+        "fuse_views",
+        1,
+        "Views of a still object from a moving camera that its pose is solved from, the new one included; "
+        "needs target_frame, in which the objects stand still; 1: the new view alone.",
+        *(1, 16),
+    ),
+    ParameterSpec(
         "refinements",
         EstimatorSettings.refinements,
         "Most rounds of refinement: objects are rendered at their poses and compared with the image.",
@@ -294,6 +301,7 @@ class NodeParameters:
     prune: int
     refinements: int
     depth: Literal["off", "auto"]
+    fuse_views: int
     precision: Precision
     compile: str
     backend: Backend
@@ -344,6 +352,11 @@ class NodeParameters:
             raise ConfigError(
                 "parameter mask_class is empty, but segmentation_input is mask: set it to the class of the "
                 "object that the mask is of"
+            )
+        if self.fuse_views > 1 and not (self.target_frame and self.refinements):
+            raise ConfigError(
+                f"parameter fuse_views is {self.fuse_views}, which needs target_frame (a frame in which the "
+                "objects stand still) and refinements above 0"
             )
 
     def text(self) -> str:
