@@ -126,6 +126,7 @@ def test_bad_values_name_the_parameter(values: dict[str, object], match: str) ->
     [
         ({}, "mesh_dir is empty"),
         ({"mesh_dir": "/m", "segmentation_input": "mask"}, "mask_class is empty"),
+        ({"mesh_dir": "/m", "fuse_views": 5}, "fuse_views is 5, which needs target_frame"),
     ],
 )
 def test_what_is_missing_is_named(values: dict[str, object], match: str) -> None:
