@@ -338,7 +338,7 @@ def node_dies(soak: Soak) -> None:
     fine = client.wait(lambda: set(publisher.new_stamps) & set(client.answers) - before, PATIENCE)
     publisher.stop()
     found = f"{_answered(fine)}, ready after {seconds:.1f} s"
-    soak.tell("kill -9 of the node, started again", found, "answered", fine)
+    soak.tell("kill -9 of the node, started again", found, "answered", bool(fine))
 
 
 def latency(soak: Soak, asks: int) -> None:
