@@ -13,7 +13,7 @@ from std_msgs.msg import Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from picopose_ros.estimator import ObjectPose
-from picopose_ros.instances import InstanceTracker
+from picopose_ros.instances import InstanceNamer
 from picopose_ros.instances.overlay import palette
 from picopose_ros.node.markers import clearing_markers, marker_array, mesh_resources
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects
@@ -64,8 +64,8 @@ def over_the_wire(message: MarkerArray) -> list[Marker]:
 
 
 def test_each_instance_is_its_mesh_and_its_name(specs: dict[str, ObjectSpec]) -> None:
-    tracked = InstanceTracker().update(0.0, [pose("red mug"), pose("red mug", 0.4), pose("plain")])
-    markers = over_the_wire(marker_array(tracked, [], HEADER, mesh_resources(specs)))
+    named = InstanceNamer().update(0.0, [pose("red mug"), pose("red mug", 0.4), pose("plain")])
+    markers = over_the_wire(marker_array(named, [], HEADER, mesh_resources(specs)))
     meshes = [marker for marker in markers if marker.type == Marker.MESH_RESOURCE]
     assert [(marker.ns, marker.id) for marker in meshes] == [("red mug", 0), ("red mug", 1), ("plain", 0)]
     mug, _, plain = meshes
@@ -131,13 +131,13 @@ def test_collada_brings_a_unit_that_rviz_applies_itself(tmp_path: Path, asset: s
 
 
 def test_markers_go_with_their_instances(specs: dict[str, ObjectSpec]) -> None:
-    tracker, resources = InstanceTracker(timeout=1.0), mesh_resources(specs)
-    tracker.update(0.0, [pose("plain"), pose("red mug", 0.4), pose("part", 0.8)])
+    namer, resources = InstanceNamer(timeout=1.0), mesh_resources(specs)
+    namer.update(0.0, [pose("plain"), pose("red mug", 0.4), pose("part", 0.8)])
     # The first is gone, the second was replaced by another one of the same name, the third is there.
-    tracked = tracker.update(1.5, [pose("part", 0.8), pose("red mug", -0.4)])
-    retired = tracker.retired()
+    named = namer.update(1.5, [pose("part", 0.8), pose("red mug", -0.4)])
+    retired = namer.retired()
     assert sorted(retired) == ["plain_0", "red mug_0"]
-    markers = over_the_wire(marker_array(tracked, retired, HEADER, resources))
+    markers = over_the_wire(marker_array(named, retired, HEADER, resources))
     deleted = {(marker.ns, marker.id) for marker in markers if marker.action == Marker.DELETE}
     added = {(marker.ns, marker.id) for marker in markers if marker.action == Marker.ADD}
     assert deleted == {("plain", 0), ("labels/plain", 0)}
@@ -145,7 +145,7 @@ def test_markers_go_with_their_instances(specs: dict[str, ObjectSpec]) -> None:
 
 
 def test_a_class_without_mesh_has_its_name_alone() -> None:
-    (marker,) = marker_array(InstanceTracker().update(0.0, [pose("box")]), [], HEADER, {}).markers
+    (marker,) = marker_array(InstanceNamer().update(0.0, [pose("box")]), [], HEADER, {}).markers
     assert marker.type == Marker.TEXT_VIEW_FACING
 
 

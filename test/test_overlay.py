@@ -14,7 +14,7 @@ import trimesh
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import make_transform
-from picopose_ros.instances import TrackedPose
+from picopose_ros.instances import NamedPose
 from picopose_ros.instances.overlay import OverlayPainter, palette
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects
 
@@ -22,7 +22,7 @@ CAMERA = CameraModel(np.array([[300.0, 0, 159.5], [0, 300, 119.5], [0, 0, 1]]), 
 GREY = np.full((240, 320, 3), 128, np.uint8)
 
 
-def tracked(class_id: str, name: str, x: float = 0.0, y: float = 0.0, z: float = 0.6) -> TrackedPose:
+def named(class_id: str, name: str, x: float = 0.0, y: float = 0.0, z: float = 0.6) -> NamedPose:
     pose = ObjectPose(
         class_id=class_id,
         T_cam_obj=make_transform(cv2.Rodrigues(np.array([0.3, -0.4, 0.2]))[0], [x, y, z]),
@@ -38,7 +38,7 @@ def tracked(class_id: str, name: str, x: float = 0.0, y: float = 0.0, z: float =
         bbox_centre=np.zeros(3),
         bbox_size=np.full(3, 0.1),
     )
-    return TrackedPose(pose, name, False)
+    return NamedPose(pose, name, False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_each_class_is_outlined_where_it_is(painter: OverlayPainter) -> None:
-    picture = painter.paint(GREY, CAMERA, [tracked("ball", "", -0.12), tracked("box", "", 0.12)])
+    picture = painter.paint(GREY, CAMERA, [named("ball", "", -0.12), named("box", "", 0.12)])
     assert (GREY == 128).all(), "the input was drawn into"
     ball, box = near(picture, palette(0)), near(picture, palette(1))
     # A ball of 5 cm at 60 cm and 300 px: a circle of 25 px around (100, 119.5), a little wider off the axis.
@@ -79,8 +79,8 @@ def test_each_class_is_outlined_where_it_is(painter: OverlayPainter) -> None:
 
 def test_labels_stand_over_their_objects_and_apart(painter: OverlayPainter) -> None:
     """Two of them at one place: the second label is moved, and each can be read."""
-    alone = painter.paint(GREY, CAMERA, [tracked("box", "box_0")])
-    both = painter.paint(GREY, CAMERA, [tracked("box", "box_0"), tracked("box", "box_1")])
+    alone = painter.paint(GREY, CAMERA, [named("box", "box_0")])
+    both = painter.paint(GREY, CAMERA, [named("box", "box_0"), named("box", "box_1")])
     white = [(picture >= 250).all(-1) for picture in (alone, both)]
     lines = [np.flatnonzero(mask.any(1)) for mask in white]
     assert lines[0].max() < 100, "the label stands above the object"
@@ -91,9 +91,9 @@ def test_labels_stand_over_their_objects_and_apart(painter: OverlayPainter) -> N
 
 def test_what_cannot_be_drawn_is_left_out(painter: OverlayPainter, specs: dict[str, ObjectSpec]) -> None:
     assert (painter.paint(GREY, CAMERA, []) == GREY).all()
-    behind = [tracked("box", "box_0", z=-0.6), tracked("spoon", "spoon_0")]
+    behind = [named("box", "box_0", z=-0.6), named("spoon", "spoon_0")]
     assert (painter.paint(GREY, CAMERA, behind) == GREY).all()
-    outside = [tracked("ball", "ball_0", x=5.0)]
+    outside = [named("ball", "ball_0", x=5.0)]
     assert (painter.paint(GREY, CAMERA, outside) == GREY).all()
 
 
@@ -104,7 +104,7 @@ def test_a_mesh_that_went_away_does_not_stop_the_others(
     painter = OverlayPainter(lost)
     for _ in range(2):
         picture = painter.paint(
-            GREY, CAMERA, [tracked("box", "box_0", 0.12), tracked("ball", "ball_0", -0.12)]
+            GREY, CAMERA, [named("box", "box_0", 0.12), named("ball", "ball_0", -0.12)]
         )
         assert near(picture, palette(0)).any() and not near(picture, palette(1)).any()
     painter.close()

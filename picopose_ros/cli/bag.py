@@ -29,7 +29,7 @@ from picopose_ros.errors import BagError, ConfigError
 from picopose_ros.estimation.follow import Follower, Verdict
 from picopose_ros.estimator import ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import is_rectified_topic
-from picopose_ros.instances import InstanceTracker
+from picopose_ros.instances import InstanceNamer
 from picopose_ros.messages import bags, build
 from picopose_ros.messages.answers import MIN_SCORE, judge, transforms
 from picopose_ros.messages.frames import Frame, FrameReader, FrameRefused
@@ -354,7 +354,7 @@ class _Answerer:
         )
         self._follower = Follower(estimator, nearest=self._nearest) if options.follow else None
         self._newest = 0
-        self._tracker = InstanceTracker(symmetries={name: spec.symmetries for name, spec in specs.items()})
+        self._namer = InstanceNamer(symmetries={name: spec.symmetries for name, spec in specs.items()})
 
     def answer(
         self, read: FrameReader, image: Any, camera_info: Any, segmentation: Any, stamp: int
@@ -372,16 +372,16 @@ class _Answerer:
         if self._follower is not None and stamp > self._newest:
             poses, tracked_ids = self._followed(frame, poses, 1e-9 * stamp)
             self._newest = stamp
-        tracked = self._tracker.update(1e-9 * stamp, poses, None, tracked_ids)
+        named = self._namer.update(1e-9 * stamp, poses, None, tracked_ids)
         report.frames += 1
-        report.poses += len(tracked)
+        report.poses += len(named)
         # Of this package's types, whatever the recording's are.
         head = bags.header(stamp, image.header.frame_id)
-        poses, names = [one.pose for one in tracked], [one.name for one in tracked]
+        poses, names = [one.pose for one in named], [one.name for one in named]
         detections = build.detections_message(bags.message, poses, names, head)
         answers = [(options.detections, bags.DETECTIONS, detections)]
         made, problems = transforms(
-            bags.message, tracked, head, self._image_topic, self._specs, options.tf_prefix
+            bags.message, named, head, self._image_topic, self._specs, options.tf_prefix
         )
         report.add(*problems)
         if made:
@@ -403,14 +403,14 @@ class _Answerer:
         self, frame: Frame, poses: list[ObjectPose], stamp: float
     ) -> tuple[list[ObjectPose], list[str]]:
         """The poses that masks gave, and those of the objects that were followed here, with their keys."""
-        keys = self._follower.see_all(poses, stamp, self._tracker.max_distance)
+        keys = self._follower.see_all(poses, stamp, self._namer.max_distance)
         others = [key for key in self._follower.status if key not in keys]
         found = self._follower.step(frame.rgb, frame.camera, stamp, keys=others)
         shown = [one for one in found if one.verdict is not Verdict.LOST]
         return [*poses, *(one.pose for one in shown)], [*keys, *(one.key for one in shown)]
 
     def _nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
-        return self._tracker.nearest(class_id, T_cam_obj, R_cam_obj)
+        return self._namer.nearest(class_id, T_cam_obj, R_cam_obj)
 
 
 def _flush(writer: bags.BagWriter, answers: list[Answer], until: int | None) -> None:

@@ -37,7 +37,7 @@ _NO_SYMMETRY = SymmetryGroup(Symmetries())
 
 
 @dataclass(frozen=True)
-class TrackedPose:
+class NamedPose:
     """A pose and whose it is.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Track:
         self.name = f"{self.class_id}_{self.number}"
 
 
-class InstanceTracker:
+class InstanceNamer:
     """Gives every pose the name of the instance it belongs to.
 
     Poses and instances of one class are paired by the distance of the object's centre and, where that leaves
@@ -136,7 +136,7 @@ class InstanceTracker:
         poses: Sequence[ObjectPose],
         T_fixed_cam: np.ndarray | None = None,
         tracked_ids: Sequence[str] | None = None,
-    ) -> list[TrackedPose]:
+    ) -> list[NamedPose]:
         """Name the poses of one image.
 
         Args:
@@ -163,20 +163,20 @@ class InstanceTracker:
         free = [ghost for ghost in self._ghosts.values() if ghost.name not in taken]
         again = self._associate(stamp, poses, new, free, T_fixed_cam, ids)
         taken |= {ghost.name for ghost in again.values()}
-        tracked: dict[int, TrackedPose] = {}
+        named: dict[int, NamedPose] = {}
         for row in (*again, *(row for row in new if row not in again)):
             if row in again:
                 number = again[row].number
             else:
                 number = next(n for n in count() if f"{poses[row].class_id}_{n}" not in taken)
-            tracked[row] = self._begin(number, stamp, poses[row], T_fixed_cam, again.get(row))
-            taken.add(tracked[row].name)
+            named[row] = self._begin(number, stamp, poses[row], T_fixed_cam, again.get(row))
+            taken.add(named[row].name)
         for row, track in found.items():
-            tracked[row] = self._follow(track, stamp, poses[row], T_fixed_cam, late)
+            named[row] = self._follow(track, stamp, poses[row], T_fixed_cam, late)
         by_name = {track.name: track for track in self._tracks}
-        for row, one in tracked.items():
+        for row, one in named.items():
             by_name[one.name].tracked_id = ids[row] or by_name[one.name].tracked_id
-        return [tracked[row] for row in range(len(poses))]
+        return [named[row] for row in range(len(poses))]
 
     def nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
         """The equivalent pose (4, 4) of an object of a class whose rotation is nearest to a rotation."""
@@ -283,7 +283,7 @@ class InstanceTracker:
         pose: ObjectPose,
         T_fixed_cam: np.ndarray | None,
         before: _Track | None,
-    ) -> TrackedPose:
+    ) -> NamedPose:
         group = self._groups.get(pose.class_id, _NO_SYMMETRY)
         if before is None:
             T = group.canonical(pose.T_cam_obj)
@@ -294,21 +294,21 @@ class InstanceTracker:
             pose.class_id, number, np.asarray(pose.bbox_centre), stamp, form.T_cam_obj, T_fixed_cam
         )
         self._tracks.append(track)
-        return TrackedPose(self._smoothed(track, stamp, form), track.name, True)
+        return NamedPose(self._smoothed(track, stamp, form), track.name, True)
 
     def _follow(
         self, track: _Track, stamp: float, pose: ObjectPose, T_fixed_cam: np.ndarray | None, late: bool
-    ) -> TrackedPose:
+    ) -> NamedPose:
         seen = _in_this_camera(track, T_fixed_cam)
         group = self._groups.get(pose.class_id, _NO_SYMMETRY)
         form = _with_form(pose, group.nearest(pose.T_cam_obj, seen[:3, :3]))
         if late:
-            return TrackedPose(form, track.name, False)
+            return NamedPose(form, track.name, False)
         if track.filter is not None and T_fixed_cam is not None and track.T_fixed_cam is not None:
             track.filter.move(invert_transform(T_fixed_cam) @ track.T_fixed_cam)
         smoothed = self._smoothed(track, stamp, form)
         track.stamp, track.T_cam_obj, track.T_fixed_cam = stamp, smoothed.T_cam_obj, T_fixed_cam
-        return TrackedPose(smoothed, track.name, False)
+        return NamedPose(smoothed, track.name, False)
 
     def _smoothed(self, track: _Track, stamp: float, pose: ObjectPose) -> ObjectPose:
         settings = self.settings

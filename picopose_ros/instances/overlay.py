@@ -16,7 +16,7 @@ from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
 if TYPE_CHECKING:
-    from picopose_ros.instances import TrackedPose
+    from picopose_ros.instances import NamedPose
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def palette(index: int) -> tuple[int, int, int]:
 
 
 class OverlayPainter:
-    """Draws the tracked poses of one image after another. Belongs to the thread that calls `paint`.
+    """Draws the named poses of one image after another. Belongs to the thread that calls `paint`.
 
     Nothing is loaded before it is first drawn, so a painter that nobody looks at costs nothing.
 
@@ -63,14 +63,14 @@ class OverlayPainter:
         self._meshes: dict[str, ObjectMesh | None] = {}
         self._renderer: MeshRenderer | None = None
 
-    def paint(self, rgb: np.ndarray, camera: CameraModel, tracked: Sequence[TrackedPose]) -> np.ndarray:
+    def paint(self, rgb: np.ndarray, camera: CameraModel, named: Sequence[NamedPose]) -> np.ndarray:
         """A copy of an image (H, W, 3) uint8 with outline, axes, name and confidence of every pose.
 
         Raises:
             RenderError: nothing can be rendered.
         """
         drawn = []
-        for one in tracked:
+        for one in named:
             mesh = self._mesh(one.pose.class_id)
             if mesh is not None:
                 label = f"{one.name} {one.pose.confidence:.2f}"

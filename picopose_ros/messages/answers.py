@@ -15,7 +15,7 @@ from picopose_ros.tf_names import refusal
 
 if TYPE_CHECKING:
     from picopose_ros.estimator import EstimateResult, ObjectPose
-    from picopose_ros.instances import TrackedPose
+    from picopose_ros.instances import NamedPose
     from picopose_ros.templates.meshes import ObjectSpec
 
 MIN_SCORE = 0.2
@@ -106,7 +106,7 @@ def image_frame_problem(frame_id: str, topic: str) -> Problem | None:
     )
 
 
-def tf_frame(one: TrackedPose, spec: ObjectSpec | None, prefix: str) -> str:
+def tf_frame(one: NamedPose, spec: ObjectSpec | None, prefix: str) -> str:
     """TF frame of an instance: ``<prefix><frame_id or class>_<number>``."""
     class_id = one.pose.class_id
     return prefix + (class_id if spec is None else spec.tf_base) + one.name.removeprefix(class_id)
@@ -114,7 +114,7 @@ def tf_frame(one: TrackedPose, spec: ObjectSpec | None, prefix: str) -> str:
 
 def transforms(
     make: build.Make,
-    tracked: Sequence[TrackedPose],
+    named: Sequence[NamedPose],
     header: Any,
     topic: str,
     specs: Mapping[str, ObjectSpec],
@@ -124,16 +124,16 @@ def transforms(
 
     Args:
         make: makes messages.
-        tracked: the instances. header: of their image. topic: of the image.
+        named: the instances. header: of their image. topic: of the image.
         specs: of the objects, by class id. prefix: put before the names.
     """
-    if not tracked:
+    if not named:
         return [], []
     problem = image_frame_problem(header.frame_id, topic)
     if problem is not None:
         return [], [problem]
     made, problems = [], []
-    for one in tracked:
+    for one in named:
         frame = tf_frame(one, specs.get(one.pose.class_id), prefix)
         reason = refusal(frame)
         if frame == header.frame_id:

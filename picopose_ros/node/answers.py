@@ -18,7 +18,7 @@ from picopose_ros.errors import MeshError, RenderError
 from picopose_ros.estimation.views import Views
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.motion import CameraMotion
-from picopose_ros.instances import InstanceTracker, TrackedPose
+from picopose_ros.instances import InstanceNamer, NamedPose
 from picopose_ros.instances.overlay import OverlayPainter
 from picopose_ros.messages.answers import image_frame_problem, transforms
 from picopose_ros.messages.build import pose_in_frame, symmetries_text
@@ -72,7 +72,7 @@ class Answers:
         self._views: Views | None = None
         # Shared by the worker and the executor's threads.
         self._lock = threading.Lock()
-        self._tracker: InstanceTracker | None = None
+        self._namer: InstanceNamer | None = None
         self._last_answer: tuple[float, float, Header] | None = None
         self.frames = 0
         self.poses = 0
@@ -90,7 +90,7 @@ class Answers:
         self._epoch = 0
         self._views = Views(p.fuse_views) if p.fuse_views > 1 else None
         with self._lock:
-            self._tracker = InstanceTracker(
+            self._namer = InstanceNamer(
                 timeout=p.instance_timeout, max_distance=p.instance_distance, smoothing=p.smoothing
             )
         kinds: list[tuple[str, type, str, int]] = [
@@ -121,14 +121,14 @@ class Answers:
         self._target = self._painter = None
         self._specs, self._mesh_resources = {}, {}
         with self._lock:
-            self._tracker = self._last_answer = None
+            self._namer = self._last_answer = None
 
     def use_objects(self, objects: ObjectSet) -> None:
         """From now on these are the objects."""
         self._specs = objects.specs
         self._outputs["symmetries"].publish(String(data=symmetries_text(objects.specs)))
         with self._lock:
-            self._tracker.set_symmetries({name: spec.symmetries for name, spec in objects.specs.items()})
+            self._namer.set_symmetries({name: spec.symmetries for name, spec in objects.specs.items()})
         try:
             self._mesh_resources = mesh_resources(objects.specs)
         except MeshError as error:
@@ -139,16 +139,16 @@ class Answers:
     def use_parameters(self, p: NodeParameters) -> None:
         """Take over what can be set at any time; for any thread."""
         with self._lock:
-            if self._tracker is not None:
-                self._tracker.settings = p.smoothing
-                self._tracker.timeout = p.instance_timeout
-                self._tracker.max_distance = p.instance_distance
+            if self._namer is not None:
+                self._namer.settings = p.smoothing
+                self._namer.timeout = p.instance_timeout
+                self._namer.max_distance = p.instance_distance
 
     @property
     def names(self) -> list[str] | None:
         """Of the instances that are there or may come back; None before :meth:`open`."""
         with self._lock:
-            return None if self._tracker is None else self._tracker.names
+            return None if self._namer is None else self._namer.names
 
     def problems(self) -> list[str]:
         """Who listens in vain."""
@@ -157,8 +157,8 @@ class Answers:
     def forget(self) -> None:
         """Forget all instances and delete all markers."""
         with self._lock:
-            self._tracker.clear()
-            self._tracker.retired()
+            self._namer.clear()
+            self._namer.retired()
             self._last_answer = None
             self._motion.clear()
             if self._views is not None:
@@ -177,12 +177,12 @@ class Answers:
         p: NodeParameters,
         tracked_ids: Sequence[str] | None = None,
         spent: float = 0.0,
-    ) -> tuple[list[TrackedPose], list[str]]:
+    ) -> tuple[list[NamedPose], list[str]]:
         """Publish the poses of an image; returns them with their names, and names that are no more.
 
         Args:
             poses: of the image. pair: the image. p: the node's parameters.
-            tracked_ids: per pose what its detector calls the instance, see `InstanceTracker.update`.
+            tracked_ids: per pose what its detector calls the instance, see `InstanceNamer.update`.
             spent: seconds that the estimate took.
         """
         header: Header = pair.image.header
@@ -195,7 +195,7 @@ class Answers:
         stamp = pair.stamp * 1e-9
         with self._lock:
             if pair.epoch != self._epoch:
-                self._tracker.clear()
+                self._namer.clear()
                 self._motion.clear()
                 self._epoch = pair.epoch
                 if self._views is not None:
@@ -209,23 +209,23 @@ class Answers:
                         said = f"'{poses[position].class_id}': {why}"
                         self._drops.record(DropReason.VIEWS_FORGOTTEN, said)
             # An image whose transform is late is named as if the camera had moved on as before.
-            tracked = self._tracker.update(stamp, poses, self._motion.at(stamp), tracked_ids)
-            retired = self._tracker.retired()
+            named = self._namer.update(stamp, poses, self._motion.at(stamp), tracked_ids)
+            retired = self._namer.retired()
             self._last_answer = stamp, time.monotonic(), header
-        names, poses = [one.name for one in tracked], [one.pose for one in tracked]
+        names, poses = [one.name for one in named], [one.pose for one in named]
         self._outputs["detections"].publish(detections_message(poses, names, header))
         if T_target_cam is not None:
             there = [pose_in_frame(pose, T_target_cam) for pose in poses]
             target_header = Header(stamp=header.stamp, frame_id=self._target.name)
             self._outputs["target"].publish(detections_message(there, names, target_header))
         if p.publish_tf:
-            self._send_transforms(tracked, header, p.tf_prefix)
+            self._send_transforms(named, header, p.tf_prefix)
         elif p.target_frame and poses:
             problem = image_frame_problem(header.frame_id, self._image_topic)
             self._drops.report(*([problem] if problem else []))
         self.frames += 1
         self.poses += len(poses)
-        return tracked, retired
+        return named, retired
 
     def camera_at(self, pair: Pair) -> np.ndarray | None:
         """T_target_cam (4, 4) of an image by TF, without waiting for it; None: not known."""
@@ -234,18 +234,18 @@ class Answers:
     def nearest(self, class_id: str, T_cam_obj: np.ndarray, R_cam_obj: np.ndarray) -> np.ndarray:
         """The symmetric form (4, 4) of a pose that is nearest to a rotation."""
         with self._lock:
-            return self._tracker.nearest(class_id, T_cam_obj, R_cam_obj)
+            return self._namer.nearest(class_id, T_cam_obj, R_cam_obj)
 
-    def show(self, tracked: list[TrackedPose], retired: list[str], frame: Frame, header: Header) -> None:
+    def show(self, named: list[NamedPose], retired: list[str], frame: Frame, header: Header) -> None:
         """Publish what is for the eye only: markers, and the overlay where somebody looks."""
-        if tracked or retired:
-            self._outputs["markers"].publish(marker_array(tracked, retired, header, self._mesh_resources))
+        if named or retired:
+            self._outputs["markers"].publish(marker_array(named, retired, header, self._mesh_resources))
         if self._outputs["overlay"].wanted:
             started = time.monotonic()
             if self._painter is None:
                 self._painter = OverlayPainter(self._specs)
             try:
-                picture = self._painter.paint(frame.rgb, frame.camera, tracked)
+                picture = self._painter.paint(frame.rgb, frame.camera, named)
             except RenderError as error:
                 self._drops.record(DropReason.NO_OVERLAY, f"the overlay can't be drawn: {error}")
                 return
@@ -264,16 +264,16 @@ class Answers:
         if markers is None:
             return
         with self._lock:
-            if self._tracker is None or self._last_answer is None:
+            if self._namer is None or self._last_answer is None:
                 return
             stamp, when, header = self._last_answer
-            self._tracker.expire(stamp + time.monotonic() - when)
-            retired = self._tracker.retired()
+            self._namer.expire(stamp + time.monotonic() - when)
+            retired = self._namer.retired()
         if retired:
             markers.publish(marker_array([], retired, header, self._mesh_resources))
 
-    def _send_transforms(self, tracked: list[TrackedPose], header: Header, prefix: str) -> None:
-        made, problems = transforms(make, tracked, header, self._image_topic, self._specs, prefix)
+    def _send_transforms(self, named: list[NamedPose], header: Header, prefix: str) -> None:
+        made, problems = transforms(make, named, header, self._image_topic, self._specs, prefix)
         self._drops.report(*problems)
         if not made:
             return

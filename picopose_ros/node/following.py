@@ -11,7 +11,7 @@ import numpy as np
 from picopose_ros.estimation.follow import Followed, Follower, Image, Verdict
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.instances import TrackedPose
+from picopose_ros.instances import NamedPose
 from picopose_ros.messages.frames import Frame, FrameReader, FrameRefused
 from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies
@@ -141,9 +141,9 @@ class Following:
         keys = follower.see_all(poses, stamp, p.instance_distance, self._answers.camera_at(pair))
         if not late:
             self._newest = pair.stamp
-            tracked, retired = self._answers.publish(poses, pair, p, keys, spent)
-            self._remember(keys, tracked)
-            self._answers.show(tracked, retired, frame, pair.image.header)
+            named, retired = self._answers.publish(poses, pair, p, keys, spent)
+            self._remember(keys, named)
+            self._answers.show(named, retired, frame, pair.image.header)
         images = self._listener.images_after(pair.stamp)
         if images and keys and images[-1].epoch == self._epoch:
             found = follower.carry([self._image(one) for one in images], keys)
@@ -195,13 +195,13 @@ class Following:
         self._newest = pair.stamp
         self.frames += 1
         keys = [one.key for one in shown]
-        tracked, retired = self._answers.publish([one.pose for one in shown], pair, p, keys)
-        self._remember(keys, tracked)
-        self._answers.show(tracked, retired, frame, pair.image.header)
+        named, retired = self._answers.publish([one.pose for one in shown], pair, p, keys)
+        self._remember(keys, named)
+        self._answers.show(named, retired, frame, pair.image.header)
         self._tell()
 
-    def _remember(self, keys: list[str], tracked: list[TrackedPose]) -> None:
-        self._names |= {key: one.name for key, one in zip(keys, tracked)}
+    def _remember(self, keys: list[str], named: list[NamedPose]) -> None:
+        self._names |= {key: one.name for key, one in zip(keys, named)}
 
     def _tell(self) -> None:
         """Write down how the objects fare."""

@@ -9,7 +9,7 @@ import numpy as np
 from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
-from picopose_ros.instances import TrackedPose
+from picopose_ros.instances import NamedPose
 from picopose_ros.instances.overlay import palette
 from picopose_ros.node.conversions import pose_to_message
 from picopose_ros.templates.meshes import ObjectSpec, collada_unit, referenced_files
@@ -60,7 +60,7 @@ def mesh_resources(specs: Mapping[str, ObjectSpec]) -> dict[str, MeshResource]:
 
 
 def marker_array(
-    tracked: Sequence[TrackedPose],
+    named: Sequence[NamedPose],
     retired: Sequence[str],
     header: Header,
     mesh_resources: Mapping[str, MeshResource],
@@ -68,12 +68,12 @@ def marker_array(
     """Markers of one image's instances; those of retired ones are deleted.
 
     Args:
-        tracked: all instances of the image.
+        named: all instances of the image.
         retired: names of instances that are gone.
         header: the image's.
         mesh_resources: by class id; an instance of another class has its name alone.
     """
-    here = {one.name for one in tracked}
+    here = {one.name for one in named}
     markers = []
     for name in retired:
         if name in here:  # it is somebody else's already: one message must not hold two of the same marker
@@ -82,7 +82,7 @@ def marker_array(
             marker = _marker(header, name, namespace)
             marker.action = Marker.DELETE
             markers.append(marker)
-    for one in tracked:
+    for one in named:
         if one.pose.class_id in mesh_resources:
             markers.append(_mesh(one, header, mesh_resources[one.pose.class_id]))
         markers.append(_label(one, header))
@@ -99,7 +99,7 @@ def _marker(header: Header, name: str, namespace: str) -> Marker:
     return Marker(header=header, ns=namespace + class_id, id=int(number))
 
 
-def _mesh(one: TrackedPose, header: Header, resource: MeshResource) -> Marker:
+def _mesh(one: NamedPose, header: Header, resource: MeshResource) -> Marker:
     marker = _marker(header, one.name, "")
     marker.type, marker.action = Marker.MESH_RESOURCE, Marker.ADD
     marker.mesh_resource = resource.uri
@@ -112,7 +112,7 @@ def _mesh(one: TrackedPose, header: Header, resource: MeshResource) -> Marker:
     return marker
 
 
-def _label(one: TrackedPose, header: Header) -> Marker:
+def _label(one: NamedPose, header: Header) -> Marker:
     marker = _marker(header, one.name, LABELS)
     marker.type, marker.action = Marker.TEXT_VIEW_FACING, Marker.ADD
     marker.text = f"{one.name} {one.pose.confidence:.2f}"
