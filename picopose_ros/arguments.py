@@ -60,6 +60,12 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--viewpoints", type=int, default=162, choices=(42, 162, 642), help="templates per object (162)"
     )
     parser.add_argument(
+        "--shading",
+        choices=("flat", "headlight", "auto"),
+        help="how templates are lit: flat (colours as they are), headlight (by a light in the camera), auto "
+        "(headlight for meshes of one colour); as the preset has it by default (tiny: auto, vitl: flat)",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, help="where templates are kept; the user's cache by default"
     )
 
@@ -201,6 +207,7 @@ def load_estimator(args: argparse.Namespace) -> PoseEstimator:
             **refinements(args),
             backend=getattr(args, "backend", "torch"),
             onnx_dir=str(getattr(args, "onnx_dir", None) or ""),
+            shading=args.shading,
         )
 
 

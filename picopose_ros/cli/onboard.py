@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     settle_unit(args, "MESH_DIR")
     model, device = load_network(args)
     encode_by(model, device, args.backend, str(args.onnx_dir or ""))
-    result = onboard(args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True)
+    result = onboard(
+        args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, True, args.shading
+    )
     width = max(len(name) for name in result.specs)
     for name, bank in sorted(result.banks.items()):
         size = " x ".join(f"{1000 * side:.1f}" for side in bank.extents)

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch_device(args.device)
     model = load_model(args.preset, args.weights, device)
     folder = args.meshes, model, args.viewpoints, args.unit, args.cache_dir
-    banks = onboard(*folder, device, progress=True).banks
+    banks = onboard(*folder, device, True, args.shading).banks
     settings = MatchSettings(min_score=args.min_score, per_class=args.per_class)
     segmenter = Segmenter(model, banks, propose, args.proposals == "builtin", settings, device)
     found = segmenter.segment(Picture(rgb))

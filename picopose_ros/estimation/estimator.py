@@ -38,6 +38,7 @@ from picopose_ros.model.fast import Prepared, Schedule
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import Progress, TemplateBank, onboard
 from picopose_ros.templates.posed import PosedView, PosedViews
+from picopose_ros.templates.renderer import Shading
 
 
 class PoseEstimator:
@@ -95,6 +96,7 @@ class PoseEstimator:
         refinements: int = EstimatorSettings.refinements,
         backend: Backend = "torch",
         onnx_dir: str = "",
+        shading: Shading | None = None,
     ) -> PoseEstimator:
         """Load the network and onboard the objects of a folder.
 
@@ -111,6 +113,7 @@ class PoseEstimator:
             precision: what the network computes in: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
             refinements: most rounds of refinement, 0 to 8.
             backend, onnx_dir: see `EstimatorSettings`.
+            shading: how templates are lit, ``flat``, ``headlight`` or ``auto``; None: as the preset has it.
 
         Raises:
             MeshError, CheckpointError, ConfigError, RenderError: what can't be used, where and what to do.
@@ -124,7 +127,7 @@ class PoseEstimator:
         )
         model = load_model(preset, weights, torch_device(device))
         encode_by(model, torch_device(device), backend, onnx_dir, precision)
-        onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress)
+        onboarding = onboard(mesh_dir, model, viewpoints, unit, cache_dir, device, progress, shading)
         aliases = {
             alias: class_id
             for class_id, spec in onboarding.specs.items()

@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dataset is not None:
         dataset = BopDataset(args.root, args.dataset, args.split)
         folder = dataset.models_dir
-    onboarding = onboard(folder, model, args.viewpoints, unit, args.cache_dir, device, progress=True)
+    onboarding = onboard(folder, model, args.viewpoints, unit, args.cache_dir, device, True, args.shading)
     meshes = _meshes(onboarding.banks, onboarding.specs)
     inputs = list(args.inputs)
     if dataset is None:

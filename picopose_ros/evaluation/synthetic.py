@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     settle_unit(args)
     model, device = load_network(args)
     onboarding = onboard(
-        args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, progress=True
+        args.meshes, model, args.viewpoints, args.unit, args.cache_dir, device, True, args.shading
     )
     meshes = {name: load_object(onboarding.specs[name]) for name in sorted(onboarding.banks)}
     facts = object_facts(args.meshes, [mesh.spec for mesh in meshes.values()])

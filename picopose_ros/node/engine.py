@@ -54,7 +54,11 @@ class Engine:
     def __init__(self, parameters: NodeParameters) -> None:
         self._parameters = parameters
         self._folder = MeshFolder(
-            parameters.mesh_dir, parameters.unit, parameters.viewpoints, parameters.cache_dir
+            parameters.mesh_dir,
+            parameters.unit,
+            parameters.viewpoints,
+            parameters.cache_dir,
+            parameters.template_shading,
         )
         self.device = resolve_device(parameters.device)
         self.objects = ObjectSet()

@@ -13,6 +13,7 @@ from picopose_ros.errors import MeshError
 from picopose_ros.model import PicoPose, model_fingerprint
 from picopose_ros.templates.bank import TemplateBank, load_or_build
 from picopose_ros.templates.meshes import ObjectSpec, discover_objects, mesh_digest
+from picopose_ros.templates.renderer import Shading
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ class MeshFolder:
     Attributes:
         path: mesh directory. unit: of meshes that nothing else says it of.
         viewpoints: templates per object. cache_dir: of the banks; None for the user's cache folder.
+        shading: how templates are lit; None: as the preset has it.
     """
 
     path: Path
     unit: str
     viewpoints: int
     cache_dir: Path | None
+    shading: Shading | None = None
 
     def load(
         self, model: PicoPose, device: str | torch.device, tell: Progress, known: ObjectSet | None = None
@@ -84,7 +87,13 @@ class MeshFolder:
                     bank = known.banks[class_id]
                 else:
                     bank = load_or_build(
-                        spec, model, self.viewpoints, self.cache_dir, device, fingerprint=fingerprint
+                        spec,
+                        model,
+                        self.viewpoints,
+                        self.cache_dir,
+                        device,
+                        fingerprint=fingerprint,
+                        shading=self.shading,
                     )
                     for warning in bank.warnings:
                         _log.warning("%s", warning)

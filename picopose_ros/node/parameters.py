@@ -22,6 +22,7 @@ from picopose_ros.instances import SmoothingSettings
 from picopose_ros.messages.answers import MIN_SCORE
 from picopose_ros.node.parameter_spec import Changeable, ParameterSpec
 from picopose_ros.templates.meshes import resolve_path
+from picopose_ros.templates.renderer import Shading
 from picopose_ros.tf_names import prefix_refusal
 
 
@@ -68,6 +69,13 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
         162,
         "Templates per object. More find finer poses and take longer to onboard.",
         choices=(42, 162, 642),
+    ),
+    ParameterSpec(
+        "shading",
+        "preset",
+        "How templates are lit: flat (colours as they are), headlight (by a light in the camera), auto "
+        "(headlight for meshes of one colour), or preset: auto for tiny, flat for vitl as it was trained.",
+        choices=("preset", *get_args(Shading)),
     ),
     ParameterSpec(
         "cache_dir",
@@ -296,6 +304,7 @@ class NodeParameters:
     weights: Path | None
     device: str
     viewpoints: int
+    shading: Shading | Literal["preset"]
     cache_dir: Path | None
     hypotheses: int
     prune: int
@@ -358,6 +367,11 @@ class NodeParameters:
                 f"parameter fuse_views is {self.fuse_views}, which needs target_frame (a frame in which the "
                 "objects stand still) and refinements above 0"
             )
+
+    @property
+    def template_shading(self) -> Shading | None:
+        """How templates are lit; None: as the preset has it."""
+        return None if self.shading == "preset" else self.shading
 
     def text(self) -> str:
         """All values on one line each, those that are not the default marked."""

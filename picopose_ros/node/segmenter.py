@@ -129,7 +129,7 @@ class SegmenterNode(ManagedNode):
         def load() -> None:
             propose = proposal_source(p.segmenter_proposals, p.source_options(device))
             model = load_model(p.preset, p.weights, torch.device(device))
-            folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir)
+            folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir, p.template_shading)
             self._objects = folder.load(model, device, self._on_progress)
             search = p.segmenter_proposals == "builtin"
             self._segmenter = Segmenter(model, self._objects.banks, propose, search, p.matching, device)

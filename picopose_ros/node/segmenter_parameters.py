@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from rclpy.node import Node
 
@@ -12,12 +13,13 @@ from picopose_ros.node.parameters import SPECS, Changeable, ParameterSpec, decla
 from picopose_ros.segmentation.matching import MatchSettings
 from picopose_ros.segmentation.proposals import SourceOptions
 from picopose_ros.templates.meshes import resolve_path
+from picopose_ros.templates.renderer import Shading
 
 PREFIX = "segmenter."
 """Of the parameters that are the segmenter's alone: both nodes may read one file."""
 
 SHARED = (
-    *("autostart", "mesh_dir", "unit", "preset", "weights", "device", "viewpoints", "cache_dir"),
+    *("autostart", "mesh_dir", "unit", "preset", "weights", "device", "viewpoints", "shading", "cache_dir"),
     *("image_transport", "image_reliability"),
 )
 
@@ -85,6 +87,7 @@ class SegmenterParameters:
     weights: Path | None
     device: str
     viewpoints: int
+    shading: Shading | Literal["preset"]
     cache_dir: Path | None
     image_transport: str
     image_reliability: str
@@ -95,6 +98,11 @@ class SegmenterParameters:
     segmenter_per_class: int
     segmenter_min_score: float
     segmenter_depth: bool
+
+    @property
+    def template_shading(self) -> Shading | None:
+        """How templates are lit; None: as the preset has it."""
+        return None if self.shading == "preset" else self.shading
 
     @property
     def matching(self) -> MatchSettings:

@@ -21,6 +21,7 @@ from picopose_ros.model.checkpoint import preset_of
 from picopose_ros.progress import progress_bar
 from picopose_ros.templates.bank import onboard
 from picopose_ros.templates.meshes import mesh_digest
+from picopose_ros.templates.renderer import Shading
 
 MIN_MASK_PIXELS = 9
 """Segments with fewer visible pixels are skipped. (Of those the released code makes a crop of the detection's
@@ -68,7 +69,7 @@ class BopRun:
     Attributes:
         dataset, detections: what to estimate. images: (scene, image) of all processes.
         settings: of the estimator. preset, model: the network.
-        device, viewpoints, cache_dir: as in ``PoseEstimator.from_mesh_dir``.
+        device, viewpoints, cache_dir, shading: as in ``PoseEstimator.from_mesh_dir``.
         about: all that the results depend on, in types that JSON knows. A run with another ``about`` is
             another run.
     """
@@ -82,6 +83,7 @@ class BopRun:
     device: str
     viewpoints: int
     cache_dir: Path | None
+    shading: Shading | None
     about: Mapping[str, Any]
 
     @classmethod
@@ -121,6 +123,7 @@ class BopRun:
             "targets": _digest(dataset.targets_path.read_bytes()),
             "detections": _digest(args.detections.read_bytes()),
             "viewpoints": args.viewpoints,
+            "shading": args.shading,
             **asdict(settings),
         }
         return cls(
@@ -133,6 +136,7 @@ class BopRun:
             device,
             args.viewpoints,
             args.cache_dir,
+            args.shading,
             about,
         )
 
@@ -151,6 +155,7 @@ class BopRun:
             self.cache_dir,
             self.device,
             progress=True,
+            shading=self.shading,
         )
         asked = {self.dataset.models[target.obj_id].class_id for target in self.dataset.targets}
         failed = {name: reason for name, reason in onboarding.failed.items() if name in asked}
