@@ -181,7 +181,7 @@ class _Running:
             self._done = torch.cuda.Event()
             self._done.record()
         else:
-            self._host = [t.float() for t in tensors]
+            self._host = [t.float().cpu() for t in tensors]
 
     def collect(self, chosen: Sequence[Choice]) -> Iterator[tuple[int, Hypothesis]]:
         """Wait for the results; yields the index in ``chosen`` and the hypothesis."""
