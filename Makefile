@@ -11,6 +11,7 @@
 #   ROS=jazzy|kilted            the ROS distribution (jazzy): .venv has the default's packages, .venv-kilted Kilted's
 #   MASKS=own                   `make demo` finds the masks itself (recorded)
 #   DEVICE=cuda                 what `make bench` measures (cpu)
+#   WORKERS=1                   test files that run at the same time (2)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
 #   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
 #                               builds saves gigabytes
@@ -23,6 +24,7 @@ ROS ?= jazzy
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DURATION ?= 600
 DEVICE ?= cpu
 MASKS ?= recorded
@@ -112,7 +114,7 @@ colcon: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	scripts/check_colcon.sh $(VENV)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv .venv-kilted build install log *.egg-info .pytest_cache .ruff_cache
