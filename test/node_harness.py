@@ -62,7 +62,7 @@ _stamps = itertools.count(1_700_000_000_123_456_789, 33_333_333)
 
 
 def next_domain() -> int:
-    """A ROS_DOMAIN_ID that no other test of this run uses, nor of a run beside it (pytest-xdist's gw0, gw1)."""
+    """A ROS_DOMAIN_ID that no other test uses, here or in pytest-xdist's other process."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2
     return 1 + (2 * (os.getpid() * 13 + next(_domains)) + worker) % 100
 

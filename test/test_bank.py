@@ -6,6 +6,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -354,6 +355,20 @@ def test_another_shading_makes_an_entry_stale(
         load_or_build(spec, model, VIEWS, tmp_path / "cache", shading=shading)
         assert builds.count == count
     assert "stale: shading changed" in caplog.text
+
+
+def test_an_entry_is_anybodys_and_found_again_when_the_meshes_have_moved(
+    spec: ObjectSpec, model: PicoPose, builds: Builds, tmp_path: Path
+) -> None:
+    load_or_build(spec, model, VIEWS, tmp_path / "cache")
+    entries = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert entries and all(path.stat().st_mode & 0o666 == 0o666 & ~mask for path in entries)
+    shutil.copytree(spec.path.parent, tmp_path / "elsewhere")
+    (moved,) = discover_objects(tmp_path / "elsewhere")
+    load_or_build(moved, model, VIEWS, tmp_path / "cache")
+    assert builds.count == 1
 
 
 def test_templates_of_a_mesh_without_colours_are_shaded(model: PicoPose, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from picopose_ros.srv import EstimatePoses
 from rclpy.context import Context
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection2D, Detection2DArray, Detection3DArray, ObjectHypothesisWithPose
 from visualization_msgs.msg import Marker, MarkerArray
@@ -518,6 +520,14 @@ def test_qos_is_what_the_parameters_say(active: Client) -> None:
     name = "qos_overrides./cell/image.subscription.reliability"
     accepted, reason = active.set_parameter(name, "best_effort")
     assert not accepted and "read-only" in reason
+
+
+def test_who_comes_late_hears_the_objects_symmetries(active: Client) -> None:
+    heard: list[String] = []
+    latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    active.node.create_subscription(String, "object_symmetries", heard.append, latched)
+    active.wait_for(lambda: heard, "the symmetries")
+    assert {"block", "can"} <= json.loads(heard[-1].data).keys()
 
 
 def test_a_qos_that_does_not_fit_is_told_of_either_side_as_long_as_it_lasts(
