@@ -43,6 +43,8 @@ def test_every_table_has_its_rows(tables: Path) -> None:
     assert set(variants) == {
         "1 hypothesis",
         "2 hypotheses",
+        "1 hypothesis, refined",
+        "2 hypotheses, refined",
         "stage 1",
         "stage 2",
         "start: identity",
@@ -58,6 +60,8 @@ def test_every_table_has_its_rows(tables: Path) -> None:
     ar = {name: one["ar"] for name, one in variants.items()}
     assert ar["stage 1"] < ar["stage 2"] < ar["1 hypothesis"]
     assert ar["start: identity"] < ar["1 hypothesis"] and ar["2 templates"] < ar["1 hypothesis"]
+    # Refinement improves what is nearly right.
+    assert variants["2 hypotheses, refined"]["add_02d"] >= variants["2 hypotheses"]["add_02d"]
     epe = report["epe"]
     assert epe["1"]["mean"] > epe["2"]["mean"] > epe["3"]["mean"] > 0
     assert report["tables"]["blocks"] == 3 and report["tables"]["images"] == IMAGES

@@ -12,7 +12,7 @@ import numpy as np
 from picopose_ros.demo.world import TRUTH_PREFIX
 from picopose_ros.errors import BagError
 from picopose_ros.evaluation.consistency import Consistency, consistency
-from picopose_ros.evaluation.metrics import PoseErrors, match_by_position, pose_errors
+from picopose_ros.evaluation.metrics import ADD_SHARES, PoseErrors, match_by_position, pose_errors
 from picopose_ros.messages import bags
 from picopose_ros.templates.meshes import ObjectMesh
 
@@ -49,6 +49,8 @@ class Row:
     instances: int  # instance-frames that were visible
     detected: int  # of them with a pose of their class
     recall: float  # share with ADD(-S) below a tenth of the diameter; a missing pose counts as wrong
+    recall_05d: float  # below a twentieth
+    recall_02d: float  # below a fiftieth
     rotation_deg: float | None  # median over the detected
     translation_mm: float | None  # median over the detected
     visible: float  # mean visible share
@@ -66,11 +68,17 @@ class _Tally:
 
     def row(self, name: str, seen: bool | None = None) -> Row:
         found = [error for error in self.errors if error is not None]
+
+        def share(of_diameter: float) -> float:
+            return sum(error.within(of_diameter) for error in found) / max(len(self.errors), 1)
+
         return Row(
             name=name,
             instances=len(self.errors),
             detected=len(found),
-            recall=sum(error.correct for error in found) / max(len(self.errors), 1),
+            recall=share(ADD_SHARES["add"]),
+            recall_05d=share(ADD_SHARES["add_05d"]),
+            recall_02d=share(ADD_SHARES["add_02d"]),
             rotation_deg=float(np.median([error.rotation_deg for error in found])) if found else None,
             translation_mm=float(1e3 * np.median([error.translation for error in found])) if found else None,
             visible=float(np.mean(self.visible)) if self.visible else 0.0,
@@ -231,7 +239,7 @@ def _surface_points(mesh: ObjectMesh) -> np.ndarray:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text for a terminal."""
     head = f"{'object':<18}{'seen':>6}{'frames':>8}{'found':>7}{'visible':>9}"
-    head += f"{'ADD<0.1d':>10}{'rot deg':>9}{'trans mm':>10}"
+    head += f"{'ADD<0.1d':>10}{'<.05d':>7}{'<.02d':>7}{'rot deg':>9}{'trans mm':>10}"
     lines, rule = [head], "-" * len(head)
     for row in rows:
         if row.seen_in_training is None and rule not in lines:
@@ -241,6 +249,7 @@ def table(rows: Sequence[Row]) -> str:
         translation = "-" if row.translation_mm is None else f"{row.translation_mm:.1f}"
         lines.append(
             f"{row.name:<18}{seen:>6}{row.instances:>8}{row.detected:>7}{row.visible:>9.2f}{row.recall:>10.2f}"
+            f"{row.recall_05d:>7.2f}{row.recall_02d:>7.2f}"
             f"{rotation:>9}{translation:>10}"
         )
     return "\n".join(lines)

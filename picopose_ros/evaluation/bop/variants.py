@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 
 from picopose_ros.errors import CameraError, DatasetError, ImageError
-from picopose_ros.estimator import Hypothesis, ObjectPose, PoseEstimator, SegmentTrace
+from picopose_ros.estimator import EstimateResult, Hypothesis, ObjectPose, PoseEstimator, SegmentTrace
 from picopose_ros.evaluation.bop.dataset import BopDataset, GroundTruth
 from picopose_ros.evaluation.bop.detections import BopDetections, Selection
 from picopose_ros.evaluation.bop.journal import ImageRecord
@@ -59,6 +59,11 @@ def blocks(count: int) -> str:
 def templates(count: int) -> str:
     """Name of the pose with so many templates and one hypothesis."""
     return f"{count} templates"
+
+
+def refined(hypotheses: int) -> str:
+    """Name of the pose with so many hypotheses after refinement."""
+    return f"{answer(hypotheses)}, refined"
 
 
 def answer(hypotheses: int) -> str:
@@ -200,6 +205,7 @@ class Variants:
             affines[index] = [np.eye(3), matched_affine(first.hypothesis, trace.query.bank.masks[template])]
             for name, error in self._endpoints(image, trace, truths, visible).items():
                 errors[name].append(error)
+        yield from self._refined(image, result)
         started = self.estimator.examine(image.rgb, image.camera, segments, given, affines)
         for index, trace in enumerate(started):
             if trace is not None and trace.hypotheses:
@@ -208,6 +214,19 @@ class Variants:
         for count, estimator in self._fewer.items():
             for pose in estimator.estimate(image.rgb, image.camera, segments).poses:
                 yield templates(count), pose.segment, pose.T_cam_obj
+
+    def _refined(self, image: _Image, result: EstimateResult) -> Iterator[tuple[str, int, np.ndarray]]:
+        """The poses after as many rounds as the settings say, from one hypothesis and from all."""
+        settings = self.estimator.settings
+        if not settings.refinements:
+            return
+        found = {settings.hypotheses: result.poses}
+        if settings.hypotheses > 1:
+            first = [trace.answers[0] for trace in result.traces if trace.answers[0] is not None]
+            found[1] = self.estimator.refine(image.rgb, image.camera, first, image.selection.segments).poses
+        for count, poses in found.items():
+            for pose in poses:
+                yield refined(count), pose.segment, pose.T_cam_obj
 
     def _endpoints(
         self,
