@@ -193,17 +193,19 @@ def test_fastsam_with_weights_of_another_model(tmp_path: Path) -> None:
 
 def test_the_same_patches_are_most_alike_and_parts_are_less() -> None:
     torch.manual_seed(1)
-    template = torch.nn.functional.normalize(torch.randn(1, 64, 256), dim=1)
-    whole = torch.zeros(1, 16, 16)
-    whole[:, 4:12, 4:12] = 1
-    assert float(patch_similarity(template[0], whole[0], template, whole)) == pytest.approx(1.0)
-    part = whole.clone()
-    part[:, 8:] = 0
-    assert float(patch_similarity(template[0], part[0], template, whole)) == pytest.approx(0.5**0.5, abs=0.02)
-    assert float(patch_similarity(template[0], whole[0], template, part)) == pytest.approx(0.5**0.5, abs=0.02)
+    template = torch.nn.functional.normalize(torch.randn(64, 256), dim=0)
     other = torch.nn.functional.normalize(torch.randn(64, 256), dim=0)
-    assert float(patch_similarity(other, whole[0], template, whole)) < 0.2
-    assert float(patch_similarity(other, 0 * whole[0], template, whole)) == 0.0
+    whole = torch.zeros(16, 16)
+    whole[:, 4:12] = 1
+    part = whole.clone()
+    part[8:] = 0
+    crops = torch.stack([template, template, other, other])
+    masks = torch.stack([whole, part, whole, 0 * whole])
+    both = torch.stack([template, template]).expand(4, -1, -1, -1)
+    found = patch_similarity(crops, masks, both.half(), torch.stack([whole, part]).expand(4, -1, -1, -1))
+    assert found.shape == (4, 2)
+    assert found[:2].numpy() == pytest.approx(np.array([[1.0, 0.5**0.5], [0.5**0.5, 1.0]]), abs=0.02)
+    assert float(found[2].max()) < 0.2 and float(found[3].max()) == 0.0
 
 
 def small_bank(masks: np.ndarray) -> TemplateBank:

@@ -34,17 +34,17 @@ from picopose_ros.segmentation.boxes import cut_out
 from picopose_ros.segmentation.segments import mask_roi
 from picopose_ros.templates.bank import TemplateBank
 
-BATCH = 16
-"""Crops in one pass of the network."""
+BATCH = 8
+"""Crops in one pass of the network; more at once are slower on a CPU."""
 
 LEAST_PIXELS = 100
 """Proposals with fewer pixels are not looked at."""
 
-MENDED = 2
+MENDED = 1
 """How often the masks of the best matches are replaced by their templates' silhouettes."""
 
-MENDED_PER_INSTANCE = 2
-"""Matches of an object that are mended, for each instance that there may be."""
+SPARE = 1
+"""Matches of an object that are mended beyond the number of instances that there may be."""
 
 CUT_LIKE, CUT_LOSS = 0.4, 0.02
 """A mask is replaced by what GrabCut finds in its box where both overlap this much (IoU) and the score loses
@@ -141,6 +141,9 @@ class TemplateMatcher:
         self.settings = settings or MatchSettings()
         self.device = torch.device(device)
         self._model = model.to(self.device).eval()
+        stages = model.fast()
+        # A backend that banks are made with encodes proposals, too.
+        self._encode = model.descriptors if model.encoder else lambda crops: stages.encode(crops).descriptors
         self._objects = {name: self._object(bank) for name, bank in banks.items()}
 
     @property
@@ -156,7 +159,7 @@ class TemplateMatcher:
         """Descriptors (P, C, 256) float32 of crops (P, 3, 224, 224) float32."""
         with torch.inference_mode():
             parts = torch.from_numpy(crops).split(BATCH)
-            return torch.cat([self._model.encode(part.to(self.device)).descriptors.float() for part in parts])
+            return torch.cat([self._encode(part.to(self.device)).float() for part in parts])
 
     def sample(self, class_id: str, count: int) -> Tensor:
         """(C, count) descriptors of an object's surface, evenly from all its templates."""
@@ -192,7 +195,7 @@ class TemplateMatcher:
         for match in matches:
             new = cut_out(rgb, _box_around(match.mask))
             alike = np.count_nonzero(new & match.mask) > CUT_LIKE * np.count_nonzero(new | match.mask)
-            masks.append(new if alike else match.mask)
+            masks.append(new if alike and np.count_nonzero(new) >= LEAST_PIXELS else match.mask)
         crops = self._crop(rgb, masks)
         if crops is None:
             return list(matches)
@@ -227,39 +230,47 @@ class TemplateMatcher:
         for class_id, one in self._objects.items():
             similar = crops.aggregated @ one.aggregated.T
             own = similar.topk(min(_AGGREGATED, similar.shape[1])).values.mean(1)
-            rows = own.topk(min(self.settings.candidates, len(own))).indices.tolist()
-            found += [self._compare(crops, row, class_id, similar[row], float(own[row])) for row in rows]
+            rows = own.topk(min(self.settings.candidates, len(own))).indices
+            found += self._compare(crops, rows, class_id, similar[rows], own[rows])
         return found
 
     def _judge_again(self, crops: _Crops, matches: Sequence[Match]) -> list[Match]:
-        """Each object with the proposals that were mended for it."""
-        found = []
-        for row, match in enumerate(matches):
-            similar = self._objects[match.class_id].aggregated @ crops.aggregated[row]
-            own = float(similar.topk(min(_AGGREGATED, len(similar))).values.mean())
-            found.append(self._compare(crops, row, match.class_id, similar, own))
+        """Each match with the crop of its row, which was mended for it."""
+        found = list(matches)
+        for class_id, one in self._objects.items():
+            rows = [row for row, match in enumerate(matches) if match.class_id == class_id]
+            if not rows:
+                continue
+            index = torch.tensor(rows, device=self.device)
+            similar = crops.aggregated[index] @ one.aggregated.T
+            own = similar.topk(min(_AGGREGATED, similar.shape[1])).values.mean(1)
+            for match in self._compare(crops, index, class_id, similar, own):
+                found[match.row] = match
         return found
 
-    def _compare(self, crops: _Crops, row: int, class_id: str, similar: Tensor, aggregated: float) -> Match:
-        """A proposal and the best of an object's templates, ``similar`` (N,) to it as a whole."""
+    def _compare(
+        self, crops: _Crops, rows: Tensor, class_id: str, similar: Tensor, aggregated: Tensor
+    ) -> list[Match]:
+        """Proposals ``rows`` (r,) and the best of an object's templates, ``similar`` (r, N) as a whole."""
         one = self._objects[class_id]
-        templates = similar.topk(min(self.settings.templates, len(similar))).indices
+        templates = similar.topk(min(self.settings.templates, similar.shape[1])).indices  # (r, n)
         patches = patch_similarity(
-            crops.descriptors[row], crops.patches[row], one.descriptors[templates], one.patches[templates]
+            crops.descriptors[rows], crops.patches[rows], one.descriptors[templates], one.patches[templates]
         )
-        best = int(patches.argmax())
-        score = max(0.0, (aggregated + float(patches[best])) / 2)
-        return Match(class_id, score, crops.masks[row], int(templates[best]), row)
+        value, best = patches.max(1)
+        scores = ((aggregated + value) / 2).clamp(min=0.0)
+        chosen = templates.gather(1, best[:, None])[:, 0]
+        return [
+            Match(class_id, score, crops.masks[row], template, row)
+            for score, template, row in zip(scores.tolist(), chosen.tolist(), rows.tolist())
+        ]
 
     def _surest(self, matches: Sequence[Match]) -> list[Match]:
-        """Of every object the matches that are worth mending: the best ones, and not hopeless."""
-        kept: list[Match] = []
-        least = self.settings.min_score - HOPELESS
-        for class_id in self._objects:
-            own = [m for m in matches if m.class_id == class_id and m.score >= least]
-            own.sort(key=lambda m: -m.score)
-            kept += own[: MENDED_PER_INSTANCE * self.settings.per_class]
-        return kept
+        """Of every object the matches that are worth mending: the best ones that differ, and not hopeless."""
+        p = self.settings
+        few = replace(p, min_score=p.min_score - HOPELESS, per_class=p.per_class + SPARE)
+        own = [[match for match in matches if match.class_id == class_id] for class_id in self._objects]
+        return [match for some in own for match in suppress(some, few)]
 
     def _silhouettes(
         self, crops: _Crops, matches: Sequence[Match], size: tuple[int, int]
@@ -304,7 +315,7 @@ def _aggregated(descriptors: Tensor, patches: Tensor) -> Tensor:
 
 
 def patch_similarity(query: Tensor, query_patches: Tensor, templates: Tensor, patches: Tensor) -> Tensor:
-    """How alike a crop is to templates, patch by patch.
+    """How alike crops are to templates, patch by patch.
 
     Every patch of the one looks for the most similar patch of the other, and that for the most similar one of
     the first. If this leads back to within 1.5 cells of where it began, the similarity counts. The result is
@@ -312,24 +323,23 @@ def patch_similarity(query: Tensor, query_patches: Tensor, templates: Tensor, pa
     its surroundings lose as much as they lack or have too much.
 
     Args:
-        query: (C, 256) unit vectors. query_patches: (16, 16) in {0, 1}.
-        templates: (n, C, 256) unit vectors, any float type. patches: (n, 16, 16).
+        query: (r, C, 256) unit vectors. query_patches: (r, 16, 16) in {0, 1}.
+        templates: (r, n, C, 256) unit vectors, any float type: those that each crop is compared with.
+        patches: (r, n, 16, 16).
 
     Returns:
-        (n,) in 0..1.
+        (r, n) in 0..1.
     """
-    cells = query_patches.flatten().nonzero()[:, 0]
-    if len(cells) == 0:
-        return torch.zeros(len(templates), device=query.device)
-    inside = patches.flatten(1) > 0
-    similarity = torch.einsum("ck,ncs->nks", query[:, cells], templates.to(query.dtype))
-    best, to = similarity.masked_fill(~inside[:, None], -1.0).max(2)  # (n, k): template cells
-    best_back, back = similarity.max(1)  # (n, 256): which of the k patches
+    ours, theirs = query_patches.flatten(1)[:, None] > 0, patches.flatten(2) > 0  # (r, 1, 256), (r, n, 256)
+    similarity = torch.matmul(query.mT[:, None], templates.to(query.dtype))  # (r, n, query, template)
+    best, to = similarity.masked_fill(~theirs[:, :, None], -1.0).max(3)
+    best_back, back = similarity.masked_fill_(~ours[..., None], -1.0).max(2)
     every = torch.arange(GRIDS[0] ** 2, device=query.device)
-    ours = best.clamp(min=0) * _near(cells[back.gather(1, to)], cells)
-    theirs = best_back.clamp(min=0) * _near(to.gather(1, back), every) * inside
-    covered = theirs.sum(1) / inside.sum(1).clamp(min=1)
-    return (ours.mean(1) * covered).sqrt().clamp(max=1.0)
+    good = best.clamp(min=0) * _near(back.gather(2, to), every) * ours
+    good_back = best_back.clamp(min=0) * _near(to.gather(2, back), every) * theirs
+    kept = good.sum(2) / ours.sum(2).clamp(min=1)
+    covered = good_back.sum(2) / theirs.sum(2).clamp(min=1)
+    return (kept * covered).sqrt().clamp(max=1.0)
 
 
 def _near(one: Tensor, other: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ import torch
 from picopose_ros.geometry.crops import CropBox, crop_rgb
 from picopose_ros.model.config import GRIDS
 from picopose_ros.segmentation.matching import TemplateMatcher
-from picopose_ros.segmentation.proposals import Picture
+from picopose_ros.segmentation.proposals import Picture, without_doubles
 from picopose_ros.segmentation.proposals.builtin import find_cells
 from picopose_ros.templates.bank import TemplateBank
 
 WINDOWS = (0.6, 0.35)
 """Sides of the windows that are encoded, in the image's shorter side."""
 
-STEP = 0.65
-"""Distance of neighbouring windows, in their side."""
+STEP = 1.0
+"""Distance of neighbouring windows, in their side, at most."""
 
 PATCH = 8
 """Side (px) of a patch of the map."""
@@ -37,7 +37,11 @@ LEVELS = (0.75, 1.25, 2.0)
 MOST = 2
 """Regions per object where it leads, and at every level; the largest ones."""
 
-_SMALLEST = 0.001
+KEPT = 5
+"""Regions per object that are proposed: those that stand out most from what is around them."""
+
+_SMALLEST = 0.001  # of the image
+_AROUND = 7  # side (px of the map) of what a region's surroundings are found with
 _LEAD = 0.5  # standard deviations that an object leads by where it is told from the others
 
 
@@ -69,10 +73,14 @@ class BankSearch:
         first = maps.argmax(0)
         masks = []
         for number, one in enumerate(maps):
-            masks += _regions((first == number) & (one > _LEAD), MOST, height, width)
+            regions = _regions((first == number) & (one > _LEAD), MOST)
             for level in LEVELS:
-                masks += _regions(one > level, MOST, height, width)
-        return masks
+                regions += _regions(one > level, MOST)
+            regions = without_doubles(regions)
+            regions.sort(key=lambda region: -_contrast(one, region))
+            masks += regions[:KEPT]
+        size = width, height
+        return [cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0 for m in masks]
 
     def _alike(self, rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(objects, h, w) how alike the cells are to the objects, by the network."""
@@ -158,15 +166,20 @@ def _by_cell(value: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (total / np.maximum(np.bincount(labels.ravel()), 1))[labels].astype(np.float32)
 
 
-def _regions(high: np.ndarray, most: int, height: int, width: int) -> list[np.ndarray]:
-    """The ``most`` largest connected parts of (h, w) bool, as masks of the image."""
+def _regions(high: np.ndarray, most: int) -> list[np.ndarray]:
+    """The ``most`` largest connected parts of (h, w) bool, with their holes filled."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(high.astype(np.uint8), connectivity=4)
     order = 1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")[:most]
     masks = []
     for label in order:
         region = (labels == label).astype(np.uint8)
         if region.mean() >= _SMALLEST:
-            mask = cv2.resize(region, (width, height), interpolation=cv2.INTER_NEAREST)
-            outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-            masks.append(cv2.drawContours(np.zeros_like(mask), outlines, -1, 1, cv2.FILLED) > 0)
+            outlines, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            masks.append(cv2.drawContours(np.zeros_like(region), outlines, -1, 1, cv2.FILLED) > 0)
     return masks
+
+
+def _contrast(value: np.ndarray, region: np.ndarray) -> float:
+    """How far the mean of a map in a region is above that close around it."""
+    around = (cv2.dilate(region.astype(np.uint8), np.ones((_AROUND, _AROUND), np.uint8)) > 0) & ~region
+    return float(value[region].mean() - value[around].mean()) if around.any() else 0.0

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from picopose_ros.errors import PicoPoseError, SegmentError
 from picopose_ros.model import PicoPose
 from picopose_ros.segmentation.matching import MatchSettings, TemplateMatcher
-from picopose_ros.segmentation.proposals import Picture, Propose, check_proposals
+from picopose_ros.segmentation.proposals import Picture, Propose, check_proposals, without_doubles
 from picopose_ros.segmentation.search import BankSearch
 from picopose_ros.segmentation.segments import Segment
 from picopose_ros.templates.bank import TemplateBank
-
-_SAME = 0.85  # overlap (IoU) from which on two proposals are one
-_COARSE = 8  # pixels that it is looked at in
 
 
 @dataclass(frozen=True)
@@ -89,19 +85,3 @@ class Segmenter:
         }
         segments = [Segment(match.class_id, min(match.score, 1.0), match.mask) for match in found]
         return Segmentation(segments, len(masks), problem, timings)
-
-
-def without_doubles(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Masks (H, W) bool without those that are nearly the same as an earlier one."""
-    kept: list[np.ndarray] = []
-    seen: list[np.ndarray] = []
-    for mask in masks:
-        coarse = mask[::_COARSE, ::_COARSE]
-        area = np.count_nonzero(coarse)
-        if (
-            not any(np.count_nonzero(coarse & o) > _SAME * np.count_nonzero(coarse | o) for o in seen)
-            or not area
-        ):
-            kept.append(mask)
-            seen.append(coarse)
-    return kept

@@ -63,6 +63,9 @@ class SourceOptions:
     device: str = "cpu"
 
 
+_SAME = 0.85  # overlap (IoU) from which on two proposals are one
+_COARSE = 60  # samples of the shorter side that it is looked at in
+
 Propose = Callable[[Picture], Sequence[np.ndarray]]
 """A proposal source: masks (H, W) bool of whatever looks like one thing, in any order."""
 
@@ -128,3 +131,17 @@ def check_proposals(masks: Sequence[np.ndarray], rgb: np.ndarray) -> tuple[list[
         elif mask.any():
             good.append(mask if mask.dtype == bool else mask != 0)
     return good, wrong
+
+
+def without_doubles(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Masks (H, W) bool without those that are nearly the same as an earlier one."""
+    kept: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
+    for mask in masks:
+        step = max(min(mask.shape) // _COARSE, 1)
+        coarse = mask[::step, ::step]
+        common = (np.count_nonzero(coarse & one) / max(np.count_nonzero(coarse | one), 1) for one in seen)
+        if not any(share > _SAME for share in common):
+            kept.append(mask)
+            seen.append(coarse)
+    return kept
