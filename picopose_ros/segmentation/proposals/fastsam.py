@@ -28,13 +28,17 @@ class FastSamSource:
         path = need_weights(options, "fastsam", "FastSAM-s.pt")
         try:
             from ultralytics import FastSAM
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             raise ConfigError(f"proposals 'fastsam' need the package ultralytics ({error})") from error
         try:
             self._network = FastSAM(str(path))
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{path} holds no weights of FastSAM: {reason}") from error
+        if self._network.task != "segment":
+            raise ConfigError(
+                f"{path} holds no weights of FastSAM, but of a network for the task '{self._network.task}'"
+            )
         self._device = options.device
 
     def __call__(self, picture: Picture) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ class SamSource:
         path = need_weights(options, "sam", "sam_vit_b_01ec64.pth")
         try:
             from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             raise ConfigError(f"proposals 'sam' need the package segment-anything ({error})") from error
         import torch
 

@@ -23,7 +23,7 @@ class Sam2Source:
         try:
             from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
             from sam2.build_sam import build_sam2
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             raise ConfigError(f"proposals 'sam2' need the package sam2 ({error})") from error
         name = options.model or "configs/sam2.1/sam2.1_hiera_t.yaml"
         try:
