@@ -240,6 +240,23 @@ def test_segments_of_known_objects_come_out(
     assert searched and all(mask.shape == scene.rgb.shape[:2] and mask.any() for mask in searched)
 
 
+def test_another_backend_encodes_proposals_too(
+    model: PicoPose, banks: dict[str, TemplateBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crops = np.random.default_rng(6).normal(size=(9, 3, 224, 224)).astype(np.float32)
+    own = TemplateMatcher(model, banks).encode(crops)
+    with torch.inference_mode():
+        assert (own[3] - model.encode(torch.from_numpy(crops[3:4])).descriptors[0]).abs().max() < 1e-3
+    seen = []
+
+    def other(some: torch.Tensor) -> torch.Tensor:
+        seen.append(len(some))
+        return torch.ones(len(some), 128, 256)
+
+    monkeypatch.setattr(model, "encoder", other)
+    assert TemplateMatcher(model, banks).encode(crops).shape == (9, 128, 256) and sum(seen) == 9
+
+
 def test_nothing_proposed_is_nothing_found(
     model: PicoPose, banks: dict[str, TemplateBank], scene: Any
 ) -> None:

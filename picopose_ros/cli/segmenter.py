@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from picopose_ros.arguments import add_onboarding_arguments, positive
+from picopose_ros.arguments import add_backend_arguments, add_onboarding_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_proposal_arguments(parser)
     add_onboarding_arguments(parser)
+    add_backend_arguments(parser)
 
 
 def add_proposal_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def add_proposal_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segment and print; 1 if nothing was found."""
     from picopose_ros.cli.estimate import read_rgb
-    from picopose_ros.estimator import torch_device
+    from picopose_ros.estimator import encode_by, torch_device
     from picopose_ros.model import load_model
     from picopose_ros.segmentation import segments_to_json
     from picopose_ros.segmentation.matching import MatchSettings
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     propose = proposal_source(args.proposals, options)
     device = torch_device(args.device)
     model = load_model(args.preset, args.weights, device)
+    encode_by(model, device, args.backend, str(args.onnx_dir or ""))
     folder = args.meshes, model, args.viewpoints, args.unit, args.cache_dir
     banks = onboard(*folder, device, True, args.shading).banks
     settings = MatchSettings(min_score=args.min_score, per_class=args.per_class)

@@ -17,6 +17,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from vision_msgs.msg import Detection2DArray
 
 from picopose_ros.errors import ConfigError, ImageError, PicoPoseError
+from picopose_ros.estimator import encode_by
 from picopose_ros.messages.build import segments_message
 from picopose_ros.messages.detections import boxes_without_class
 from picopose_ros.messages.images import BitDepth, compressed_to_rgb, depth_to_metres, image_to_rgb
@@ -129,6 +130,7 @@ class SegmenterNode(ManagedNode):
         def load() -> None:
             propose = proposal_source(p.segmenter_proposals, p.source_options(device))
             model = load_model(p.preset, p.weights, torch.device(device))
+            encode_by(model, torch.device(device), p.backend, p.onnx_dir, p.precision)
             folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir, p.template_shading)
             self._objects = folder.load(model, device, self._on_progress)
             search = p.segmenter_proposals == "builtin"

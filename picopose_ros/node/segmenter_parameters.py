@@ -9,6 +9,7 @@ from typing import Literal
 from rclpy.node import Node
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.estimator import Backend, Precision
 from picopose_ros.node.parameters import SPECS, Changeable, ParameterSpec, declare_parameters
 from picopose_ros.segmentation.matching import MatchSettings
 from picopose_ros.segmentation.proposals import SourceOptions
@@ -20,7 +21,7 @@ PREFIX = "segmenter."
 
 SHARED = (
     *("autostart", "mesh_dir", "unit", "preset", "weights", "device", "viewpoints", "shading", "cache_dir"),
-    *("image_transport", "image_reliability"),
+    *("backend", "onnx_dir", "precision", "image_transport", "image_reliability"),
 )
 
 _DEFAULTS = MatchSettings()
@@ -89,6 +90,9 @@ class SegmenterParameters:
     viewpoints: int
     shading: Shading | Literal["preset"]
     cache_dir: Path | None
+    backend: Backend
+    onnx_dir: str
+    precision: Precision
     image_transport: str
     image_reliability: str
     segmenter_proposals: str
