@@ -66,12 +66,12 @@ class Run:
 
 
 RUNS = {
-    "main": Run("true masks", HELDOUT, ("--scenes", "480"), overlays=True),
-    "masks": Run("masks as a segmenter makes them", HELDOUT, ("--scenes", "240", "--mask-noise")),
-    "background": Run("background not masked", HELDOUT, ("--scenes", "240", "--background")),
-    "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "48", "--kind", "cluttered"), overlays=True),
-    "match": Run("templates by the match alone", HELDOUT, ("--scenes", "192", "--rerank", "0")),
-    "unrefined": Run("without refinement", HELDOUT, ("--scenes", "192", "--refinements", "0")),
+    "main": Run("true masks", HELDOUT, ("--scenes", "240"), overlays=True),
+    "masks": Run("masks as a segmenter makes them", HELDOUT, ("--scenes", "144", "--mask-noise")),
+    "background": Run("background not masked", HELDOUT, ("--scenes", "96", "--background")),
+    "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "24", "--kind", "cluttered"), overlays=True),
+    "match": Run("templates by the match alone", HELDOUT, ("--scenes", "96", "--rerank", "0", "--refinements", "0")),
+    "unrefined": Run("without refinement", HELDOUT, ("--scenes", "96", "--refinements", "0")),
     "demo": Run("the demo's objects", DEMO, ("--scenes", "60")),
 }
 
