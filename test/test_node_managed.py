@@ -430,12 +430,12 @@ def test_yolo_detections(client: Client, node: NodeProcess, meshes: Path, scene:
     named = []
     for places in ((0, 1, 2), (2, 1, 0)):
         message = yolo_msgs.DetectionArray()
-        for place, named in zip(places, ("4", "5", "6"), strict=True):
+        for place, tracked in zip(places, ("4", "5", "6"), strict=True):
             segment = scene.segments[place]
             # On twice the resolution, as a network whose input is larger than the camera's image.
             mask = segment.mask.astype(np.uint8)
             outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-            found = yolo_msgs.Detection(class_name=segment.class_id, score=0.9, id=named)
+            found = yolo_msgs.Detection(class_name=segment.class_id, score=0.9, id=tracked)
             found.mask.height, found.mask.width = 2 * HEIGHT, 2 * WIDTH
             found.mask.data = [
                 yolo_msgs.Point2D(x=2.0 * x + 1, y=2.0 * y + 1) for x, y in outline[0][0][:, 0].tolist()
