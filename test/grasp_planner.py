@@ -1,6 +1,7 @@
-"""A grasp planner, as far as a node sees one: ``python grasp_planner.py BAG``, until SIGTERM.
+"""A grasp planner, as far as a node sees one: ``python grasp_planner.py BAG [TOPIC]``, until SIGTERM.
 
-Listens to ``/tf`` and ``/detections``, nothing else, and writes what it hears into a bag.
+Listens to ``/tf`` and the detections (on ``/detections`` if no topic is named), nothing else, and writes what
+it hears into a bag.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vision_msgs.msg import Detection3DArray
 from picopose_ros.messages import bags
 
 
-def main(path: str) -> None:
+def main(path: str, detections: str = "/detections") -> None:
     """Listen until told to stop."""
     stopped: list[Any] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -28,7 +29,7 @@ def main(path: str) -> None:
     with bags.BagWriter(Path(path)) as writer:
         for topic, name, kind in (
             ("/tf", bags.TF, TFMessage),
-            ("/detections", bags.DETECTIONS, Detection3DArray),
+            (detections, bags.DETECTIONS, Detection3DArray),
         ):
             writer.add_topic(topic, name)
             node.create_subscription(
@@ -45,4 +46,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

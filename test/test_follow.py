@@ -12,6 +12,7 @@ import trimesh
 from scipy.spatial.transform import Rotation
 
 from picopose_ros.estimation.follow import Follower, FollowSettings, Image, Verdict
+from picopose_ros.estimation.follow_shift import find_shift
 from picopose_ros.estimation.refine_step import Look, Step
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
@@ -142,6 +143,40 @@ def test_an_object_is_carried_to_the_newest_image_in_as_few_steps_as_needed(worl
     (found,) = follower.carry([image(n) for n in range(4)], ["brick_0"])
     assert read == [3] and found.verdict is Verdict.FOLLOWED
     assert off(found.pose.T_cam_obj, moved(T, MOTION * 0.3))[0] < 0.015
+
+
+def test_what_moves_far_between_two_images_is_found_by_its_look(world: World) -> None:
+    """By three quarters of its width, without a velocity; the image it had its pose in is known."""
+    start, true = at(-0.05, 0.0), at(0.02, 0.03)
+    follower = Follower(world.estimator)
+    first = world.image(("brick", start))
+    (key,) = follower.see_all([pose_of("brick", start)], 0.0, 0.3, None, (first, CAMERA))
+    (found,) = follower.step(world.image(("brick", true)), CAMERA, PERIOD)
+    assert (found.key, found.verdict) == (key, Verdict.FOLLOWED), found
+    away, turn = off(found.pose.T_cam_obj, true)
+    assert away < 0.01 and turn < 10
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (30, -12), (-45, 20)])
+def test_a_shift_is_that_of_the_look(shift: tuple[int, int]) -> None:
+    rng = np.random.default_rng(2)
+    wall = cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (WIDTH, HEIGHT))
+    look = cv2.resize(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8), (70, 70))
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[80:150, 120:190] = True
+    before, after = wall.copy(), wall.copy()
+    before[80:150, 120:190] = look
+    x, y = 120 + shift[0] + 10, 80 + shift[1]
+    after[y : y + 70, x : x + 70] = look
+    found = find_shift(before, after, mask, np.array([10.0, 0.0]))
+    if shift == (0, 0):
+        assert found is None
+    else:
+        np.testing.assert_allclose(found, shift, atol=3)
+    # Nowhere: no place is better than another.
+    assert find_shift(before, wall, mask, np.zeros(2)) is None
+    assert find_shift(before, after, np.zeros_like(mask), np.zeros(2)) is None
+    assert find_shift(np.zeros_like(before), after, mask, np.zeros(2)) is None
 
 
 # Decisions, with steps that are given.

@@ -1,10 +1,16 @@
-"""Following over DDS: images without masks are answered, late masks, loss, recovery and reset."""
+"""Following over DDS: images without masks are answered, late masks, loss, recovery, reset, a clock
+that is set back, and what a grasp planner hears of all that."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +22,16 @@ from node_harness import (
     K,
     NodeProcess,
     Scene,
+    die_with_parent,
+    header,
     next_domain,
     running_node,
 )
+from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection3DArray
 
+from picopose_ros.messages import bags
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
@@ -66,7 +76,9 @@ def node(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
         "mesh_dir": folder / "meshes",
         "cache_dir": folder / "cache",
         "follow": True,
-        "instance_timeout": 5.0,
+        "instance_timeout": 100.0,
+        "buffer_seconds": 100.0,
+        "use_sim_time": True,
     }
     with running_node(folder, next_domain(), NAMESPACE, **parameters) as process:
         yield process
@@ -74,12 +86,41 @@ def node(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
         assert "Traceback" not in process.log
 
 
+class Planner:
+    """A grasp planner, a process that listens to all that the node says on /tf and detections."""
+
+    def __init__(self, folder: Path, domain: int) -> None:
+        self._bag = folder / "planner"
+        program = Path(__file__).with_name("grasp_planner.py")
+        command = [sys.executable, str(program), str(self._bag), f"{NAMESPACE}/detections"]
+        environment = {**os.environ, "ROS_DOMAIN_ID": str(domain)}
+        self.process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+
+    def heard(self) -> tuple[list[Any], list[Any]]:
+        """Transforms and detections in the order in which they came; the process has ended then."""
+        self.process.terminate()
+        assert self.process.wait(60) == 0
+        with bags.BagReader(self._bag) as reader:
+            transforms = [t for _, _, message in reader.messages(["/tf"]) for t in message.transforms]
+            return transforms, [m for _, _, m in reader.messages([f"{NAMESPACE}/detections"])]
+
+
+@pytest.fixture(scope="module")
+def planner(node: NodeProcess, client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
+    planner = Planner(tmp_path_factory.mktemp("planner"), node.domain)
+    topic = f"{NAMESPACE}/detections"
+    client.wait_for(lambda: client.node.count_subscribers(topic) == 2, "the planner's subscription")
+    yield planner
+    planner.process.kill()
+    planner.process.wait()
+
+
 def positions(answer: Detection3DArray) -> dict[str, float]:
     """By id, x in metres."""
     return {one.id: one.results[0].pose.pose.position.x for one in answer.detections}
 
 
-def test_images_without_masks_are_answered(client: Client, film: Film) -> None:
+def test_images_without_masks_are_answered(client: Client, film: Film, planner: Planner) -> None:
     first = client.ask(film.scene(-0.05, 0.08))
     names = list(positions(first))
     assert names == ["block_0", "block_1"]
@@ -113,13 +154,13 @@ def test_a_late_mask_names_and_adds_and_tf_never_goes_back(client: Client, film:
 
 
 def test_what_is_gone_is_not_published_and_found_again(client: Client, film: Film) -> None:
+    client.call("reset", Trigger)
     client.ask(film.scene(0.0))
-    # Two tries: the second image comes after the first was answered.
-    for _ in range(2):
-        client.detections(client.send_frame(film.scene(0.0)))
-    lost = client.detections(client.send_frame(film.scene()))
-    client.diagnostic_values(lambda v: "lost since" in v["following"], "the loss")
-    assert not lost.detections
+    client.detections(client.send_frame(film.scene(0.0)))
+    # It may be uncertain for a second.
+    images = (client.detections(client.send_frame(film.scene())) for _ in range(40))
+    assert not next(answer for answer in images if not answer.detections).detections
+    client.diagnostic_values(lambda v: "block_0: lost since" in v["following"], "the loss")
     back = client.detections(client.send_frame(film.scene(0.0)))
     assert len(back.detections) >= 1
 
@@ -140,3 +181,53 @@ def test_switched_off_images_without_masks_are_not_answered(client: Client, film
     client.ask(film.scene(0.0))
     assert not client.answered(silent)
     assert client.set_parameter("follow", True) == (True, "")
+
+
+# The end of a recording that starts over, and what was heard.
+
+
+def test_a_recording_that_starts_over_is_followed_anew(node: NodeProcess, client: Client, film: Film) -> None:
+    """With its clock; what was followed before is forgotten, and no transform is of the time before."""
+    clock = client.node.create_publisher(Clock, "/clock", 10)
+    client.wait_for(clock.get_subscription_count, "the node's use of simulated time")
+    start = client.next_stamp() - 60_000_000_000
+
+    def send(number: int, scene: Scene) -> int:
+        stamp = start + number * 100_000_000
+        clock.publish(Clock(clock=header(stamp).stamp))
+        return client.send_frame(scene, stamp)
+
+    for loop in range(2):
+        jumps = client.count("time_jumps")
+        if loop:
+            start -= 10_000_000_000
+        silent = send(0, film.scene(0.0))
+        client.diagnostic_values(lambda v: int(v["time_jumps"]) > jumps, "the jump")  # noqa: B023
+        client.diagnostic_values(lambda v: v["following"] == "", "that nothing is followed")
+        assert not client.answered(silent)
+        stamp = send(1, film.scene(0.0))
+        client.send_segments(film.scene(0.0).segments, stamp)
+        assert list(positions(client.detections(stamp))) == ["block_0"]
+        assert list(positions(client.detections(send(2, film.scene(0.0))))) == ["block_0"]
+    assert node.alive
+
+
+def test_what_a_planner_hears_is_in_order(planner: Planner) -> None:
+    """Of everything above: each frame once per image, where the detection says, never back in time but where
+    the recording started over."""
+    transforms, detections = planner.heard()
+    said = {
+        (bags.stamp_of(message), one.id): one.results[0].pose.pose.position
+        for message in detections
+        for one in message.detections
+    }
+    assert len(said) == sum(len(message.detections) for message in detections) > 15
+    sent = [(bags.stamp_of(t), t.child_frame_id) for t in transforms]
+    assert max(Counter(sent).values()) == 1 and set(sent) == set(said)
+    for transform, key in zip(transforms, sent):
+        assert transform.header.frame_id == "camera_optical"
+        assert transform.transform.translation.x == pytest.approx(said[key].x, abs=1e-9)
+    for name in {name for _, name in sent}:
+        stamps = np.array([stamp for stamp, other in sent if other == name])
+        back = np.diff(stamps)[np.diff(stamps) < 0]
+        assert (back < -5_000_000_000).all() and len(back) <= 2, name

@@ -403,7 +403,8 @@ class _Answerer:
         self, frame: Frame, poses: list[ObjectPose], stamp: float
     ) -> tuple[list[ObjectPose], list[str]]:
         """The poses that masks gave, and those of the objects that were followed here, with their keys."""
-        keys = self._follower.see_all(poses, stamp, self._namer.max_distance)
+        image = frame.rgb, frame.camera
+        keys = self._follower.see_all(poses, stamp, self._namer.max_distance, None, image)
         others = [key for key in self._follower.status if key not in keys]
         found = self._follower.step(frame.rgb, frame.camera, stamp, keys=others)
         shown = [one for one in found if one.verdict is not Verdict.LOST]

@@ -133,6 +133,10 @@ class Follower:
         """Class id of an object."""
         return self._objects[key].pose.class_id
 
+    def pose_of(self, key: str) -> ObjectPose:
+        """The last pose of an object that was believed."""
+        return self._objects[key].pose
+
     def forget(self, keys: Iterable[str] | None = None) -> None:
         """Follow these no more; None: none at all."""
         for key in list(self._objects if keys is None else keys):
@@ -144,12 +148,19 @@ class Follower:
         stamp: float,
         farthest: float,
         T_fixed_cam: np.ndarray | None = None,
+        image: tuple[np.ndarray, CameraModel] | None = None,
     ) -> list[str]:
-        """Take the poses that the masks of an image gave, see `match` and `see`; returns their keys."""
+        """Take the poses that the masks of an image gave, see `match` and `see`; returns their keys.
+
+        Args:
+            image: rgb (H, W, 3) uint8 and the camera; helps to find the objects in the next image.
+        """
+        rgb = None if image is None else straighten([image[0]], image[1])[0]
         known = self.match(poses, stamp, farthest)
         keys = [key or f"{pose.class_id}#{next(self._numbers)}" for key, pose in zip(known, poses)]
         for key, pose in zip(keys, poses):
-            self.see(key, pose, stamp, T_fixed_cam)
+            if self.see(key, pose, stamp, T_fixed_cam) and self._objects[key].stamp == stamp:
+                self._objects[key].image = rgb
         return keys
 
     def see(self, key: str, pose: ObjectPose, stamp: float, T_fixed_cam: np.ndarray | None = None) -> bool:
@@ -187,7 +198,7 @@ class Follower:
         T_now = one.pose.T_cam_obj @ correction
         one.pose = replace(one.pose, T_cam_obj=T_now, covariance=pose.covariance)
         one.history = deque(((s, T @ correction, C) for s, T, C in one.history), maxlen=HISTORY)
-        one.view, one.sure = None, one.stamp
+        one.view, one.sure, one.image = None, one.stamp, None
         self._judge(one, Verdict.FOLLOWED, "", one.stamp)
         return True
 
@@ -301,6 +312,7 @@ class Follower:
         T = self.nearest(pose.class_id, pose.T_cam_obj, one.pose.T_cam_obj[:3, :3])
         one.pose = replace(pose, T_cam_obj=T)
         one.stamp, one.T_fixed_cam, one.sure, one.view = stamp, T_fixed_cam, stamp, None
+        one.image = None
         one.history.append((stamp, T, pose.covariance))
         self._judge(one, Verdict.FOLLOWED, "", stamp)
 
@@ -381,6 +393,8 @@ class Follower:
         one.pose = replace(one.pose, T_cam_obj=T, covariance=covariance, confidence=outcome.score)
         one.stamp, one.T_fixed_cam = stamp, T_fixed_cam
         one.view = outcome.view
+        if outcome.step is not None:
+            one.image = outcome.rgb
         one.history.append((stamp, T, covariance))
 
     def _published(self, one: Target, outcome: Outcome) -> ObjectPose:

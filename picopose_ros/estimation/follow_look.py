@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.estimation.follow_shift import find_shift
 from picopose_ros.estimation.refine_step import Look, Step
 from picopose_ros.estimation.results import ObjectPose
 from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
@@ -51,7 +52,7 @@ class FollowSettings:
     recovery: float = 5.0
     inside: float = 0.5
     visible: float = 0.35
-    reuse_deg: float = 1.0
+    reuse_deg: float = 3.0
     again: float = 0.85
     furthest: float = 0.6
     furthest_deg: float = 40.0
@@ -85,6 +86,7 @@ class Target:
         since: stamp from which on the verdict is so. T_fixed_cam: (4, 4) of the last pose's image, if known.
         velocity: (6,) motion per second, as of `moved`. verdict, reason: of the last image.
         sure: stamp when it was last followed. view: the last rendering. history: stamp, pose, covariance.
+        image: (H, W, 3) uint8, undistorted, in which it had the last pose; None: not kept.
     """
 
     key: str
@@ -101,6 +103,7 @@ class Target:
     history: deque[tuple[float, np.ndarray, np.ndarray]] = field(
         default_factory=lambda: deque(maxlen=HISTORY)
     )
+    image: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a try: a step with its score, or why there is none."""
+    """What came of a try: a step with its score, view and image (undistorted), or why there is none."""
 
     attempt: Try
     reason: str = ""
@@ -122,6 +125,7 @@ class Outcome:
     score: float = 0.0
     view: PosedView | None = None
     covered: bool = False
+    rgb: np.ndarray | None = None
 
 
 def look(
@@ -145,6 +149,7 @@ class _Looking:
 
     def best(self, tries: Sequence[Try]) -> dict[str, Outcome]:
         """See `look`."""
+        tries = self._shifted(tries)
         outcomes = self._round(tries)
         again = {i: _again(o) for i, o in enumerate(outcomes) if self._needs_another(o)}
         for i, better in zip(again, self._round(list(again.values()))):
@@ -158,6 +163,34 @@ class _Looking:
             if key not in best or outcome.score > best[key].score:
                 best[key] = outcome
         return self._apart(best)
+
+    def _shifted(self, tries: Sequence[Try]) -> list[Try]:
+        """The tries, where the object's look is found nearby if it isn't at the predicted place."""
+        known = {id(t.target): t.target for t in tries if t.target.image is not None}
+        blind = [target for target in known.values() if target.view is None]
+        wanted = [(target.pose.class_id, target.pose.T_cam_obj) for target in blind]
+        for target, view in zip(blind, self._comparer.render(wanted) if wanted else []):
+            if isinstance(view, PosedView):
+                target.view = view
+        # Of two equal objects side by side one would be taken for the other.
+        alone = [not any(_beside(one, other) for other in tries) for one in tries]
+        return [self._shifted_one(one) if free else one for one, free in zip(tries, alone)]
+
+    def _shifted_one(self, one: Try) -> Try:
+        target = one.target
+        if target.view is None or target.image is None or target.image.shape != self._rgb.shape:
+            return one
+        middles = [centre_of(target.pose, T) for T in (target.pose.T_cam_obj, one.T)]
+        if min(middle[2] for middle in middles) <= 0:
+            return one
+        before, ahead = (self._K[:2, :2] @ (middle[:2] / middle[2]) for middle in middles)
+        mask = _silhouette(target.view, target.pose.T_cam_obj, self._K, *self._size)
+        shift = find_shift(target.image, self._rgb, mask, ahead - before)
+        if shift is None:
+            return one
+        T = one.T.copy()
+        T[:2, 3] += np.linalg.solve(self._K[:2, :2], shift) * middles[1][2]
+        return replace(one, T=T)
 
     def _round(self, tries: Sequence[Try]) -> list[Outcome]:
         """One step from each of some poses."""
@@ -190,7 +223,7 @@ class _Looking:
             if step is None:
                 outcomes[i] = Outcome(tries[i], "the image doesn't show it where it should be")
             else:
-                outcomes[i] = Outcome(tries[i], "", step, self._comparer.score(step), views[i])
+                outcomes[i] = Outcome(tries[i], "", step, self._comparer.score(step), views[i], rgb=self._rgb)
         return outcomes
 
     def _views(self, tries: Sequence[Try]) -> list[PosedView | PicoPoseError]:
@@ -257,6 +290,14 @@ def _strayed(outcome: Outcome) -> float:
     pose, step = outcome.attempt.target.pose, outcome.step
     apart = centre_of(pose, step.T_cam_obj) - centre_of(pose, outcome.attempt.T)
     return float(np.linalg.norm(apart) / np.linalg.norm(pose.bbox_size))
+
+
+def _beside(one: Try, other: Try) -> bool:
+    """Whether another object of the same class is near."""
+    a, b = one.target.pose, other.target.pose
+    if one.target is other.target or a.class_id != b.class_id:
+        return False
+    return bool(np.linalg.norm(centre_of(a, one.T) - centre_of(b, other.T)) < 2 * np.linalg.norm(a.bbox_size))
 
 
 def _hides(other: Try, own: Try) -> bool:

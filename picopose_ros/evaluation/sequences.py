@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from picopose_ros.arguments import add_onboarding_arguments, add_refinements, load_estimator, positive
 from picopose_ros.errors import ConfigError
 from picopose_ros.estimation.follow import Follower, Verdict
-from picopose_ros.estimator import PoseEstimator
+from picopose_ros.estimator import ObjectPose, PoseEstimator
 from picopose_ros.evaluation.metrics import add_or_add_s, evaluation_points
 from picopose_ros.evaluation.report import check_writable, write_atomically
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.poses import invert_transform, make_transform, rotation_angle_deg
-from picopose_ros.instances import SymmetryGroup
+from picopose_ros.instances import NamedPose, SymmetryGroup
+from picopose_ros.instances.overlay import OverlayPainter
 from picopose_ros.segmentation import Segment
 from picopose_ros.synthetic.studio import random_rotation
 from picopose_ros.synthetic.textures import value_noise
-from picopose_ros.templates.meshes import ObjectMesh, load_object
+from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
 WIDTH, HEIGHT = 640, 480
@@ -42,6 +44,10 @@ CLOSE, FALSE = 0.1, 0.2
 _SEVERAL = 2.5
 """Distance of the camera from the objects, in diameters."""
 
+_ARM = 0.5
+"""Metres between a camera and what it looks at, for which motions of the camera are given: a film of a small
+object is one of a large object, only smaller."""
+
 
 def _turn(x: float, y: float, z: float) -> np.ndarray:
     return Rotation.from_rotvec(np.radians([x, y, z])).as_matrix()
@@ -52,9 +58,9 @@ def _still(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _hand_held(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A camera in a hand: 5 cm and 4 degrees to either side, about twice a second."""
+    """A camera in a hand, half a metre away: 5 cm and 4 degrees to either side, once in two seconds."""
     w = 2 * np.pi * t
-    shift = 0.05 * np.array([np.sin(0.5 * w), np.sin(0.4 * w), 0.5 * np.sin(0.3 * w)])
+    shift = 0.05 / _ARM * _SEVERAL * d * np.array([np.sin(0.5 * w), np.sin(0.4 * w), 0.5 * np.sin(0.3 * w)])
     return make_transform(_turn(2 * np.sin(0.6 * w), 3 * np.sin(0.5 * w), 4 * np.sin(0.4 * w)), shift), [
         np.eye(4)
     ]
@@ -66,16 +72,17 @@ def _turntable(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _carried(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
-    """An object in a hand: about 15 cm and 40 degrees a second."""
+    """An object in a hand: up to 0.9 of its diameter and 60 degrees a second."""
     w = 2 * np.pi * t
     shift = 0.3 * d * np.array([np.sin(0.25 * w), np.sin(0.35 * w), np.sin(0.2 * w)])
     return np.eye(4), [make_transform(_turn(25 * np.sin(0.3 * w), 30 * np.sin(0.2 * w), 0), shift)]
 
 
 def _fast(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A camera that is shaken: 8 cm to either side, one and a half times a second."""
+    """A camera that is shaken, half a metre away: 8 cm to either side, one and a half times a second."""
     w = 2 * np.pi * t
-    return make_transform(_turn(0, 3 * np.sin(1.2 * w), 0), [0.08 * np.sin(1.5 * w), 0, 0]), [np.eye(4)]
+    shift = 0.08 / _ARM * _SEVERAL * d * np.sin(1.5 * w)
+    return make_transform(_turn(0, 3 * np.sin(1.2 * w), 0), [shift, 0, 0]), [np.eye(4)]
 
 
 def _crossing(t: float, d: float) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -129,7 +136,8 @@ class Figures:
         lost_after, found_after: s, from when it was covered on, until it was lost, and from when it could be
             seen again until it was followed.
         jitter_deg, jitter: standard deviation of the pose, degrees and share of the distance.
-        milliseconds: mean per image.
+        milliseconds: of the processor, mean per image that is followed.
+        steps: of every pose its verdict, its score and its ADD in diameters; what thresholds are chosen by.
     """
 
     film: str
@@ -146,6 +154,7 @@ class Figures:
     jitter_deg: float | None
     jitter: float | None
     milliseconds: float
+    steps: list[tuple[str, float, float]]
 
 
 def make_film(
@@ -184,11 +193,13 @@ def measure(
     shots: Iterator[Shot],
     know_camera: bool = False,
     masks: float = 0.0,
+    show: Callable[[Shot, Sequence[ObjectPose]], None] | None = None,
 ) -> Figures:
     """Follow through a film.
 
     Args:
         know_camera: tell where the camera is. masks: seconds between two masks; 0: only the first image.
+        show: told of every image and its poses.
     """
     class_id, points = mesh.spec.class_id, evaluation_points(mesh, 500).surface
     group = SymmetryGroup(mesh.spec.symmetries)
@@ -196,35 +207,40 @@ def measure(
     follower = Follower(estimator, nearest=lambda c, T, R: group.nearest(T, R))
     owner: dict[str, int] = {}
     rows: list[tuple[Shot, int, Verdict | None, float, np.ndarray | None]] = []
+    steps: list[tuple[str, float, float]] = []
     switches, spent, due = 0, [], 0.0
     for shot in shots:
         T_fixed_cam = shot.T_fixed_cam if know_camera else None
-        started, poses = time.perf_counter(), {}
+        started, poses = time.process_time(), {}
         keys: list[str] = []
         if shot.t >= due - 1e-6 and not shot.covered:
             due = shot.t + masks if masks else np.inf
             segments = [Segment(class_id, 1.0, mask) for mask in shot.masks if mask.any()]
             found = estimator.estimate(shot.rgb, camera, segments).poses
-            keys = follower.see_all(found, shot.t, 0.3, T_fixed_cam)
-            poses = {key: (Verdict.FOLLOWED, pose.T_cam_obj) for key, pose in zip(keys, found)}
-            started = time.perf_counter()
+            keys = follower.see_all(found, shot.t, 0.3, T_fixed_cam, (shot.rgb, camera))
+            poses = {key: (Verdict.FOLLOWED, pose) for key, pose in zip(keys, found)}
+            started = time.process_time()
         others = [key for key in follower.status if key not in keys]
         for one in follower.step(shot.rgb, camera, shot.t, T_fixed_cam, others):
-            poses[one.key] = one.verdict, one.pose.T_cam_obj
+            poses[one.key] = one.verdict, one.pose
         if not keys:
-            spent.append(1e3 * (time.perf_counter() - started))
-        for key, (_, T) in poses.items():
-            errors = [add_or_add_s(points, T, true, not group.trivial) for true in shot.truth]
+            spent.append(1e3 * (time.process_time() - started))
+        if show is not None:
+            show(shot, [pose for verdict, pose in poses.values() if verdict is not Verdict.LOST])
+        for key, (verdict, pose) in poses.items():
+            errors = [add_or_add_s(points, pose.T_cam_obj, true, not group.trivial) for true in shot.truth]
+            if key not in keys and verdict is not Verdict.LOST:
+                steps.append((verdict.value, pose.confidence, min(errors) / mesh.diameter))
             best = int(np.argmin(errors))
             owner.setdefault(key, best)
             if best != owner[key] and errors[best] < 0.3 * mesh.diameter < errors[owner[key]]:
                 switches, owner[key] = switches + 1, best
         for i, true in enumerate(shot.truth):
-            mine = [(v, T) for key, (v, T) in poses.items() if owner.get(key) == i and v is not Verdict.LOST]
-            verdict, T = mine[0] if mine else (None, None)
+            mine = [(v, p) for key, (v, p) in poses.items() if owner.get(key) == i and v is not Verdict.LOST]
+            verdict, T = (mine[0][0], mine[0][1].T_cam_obj) if mine else (None, None)
             error = np.inf if T is None else add_or_add_s(points, T, true, not group.trivial)
             rows.append((shot, i, verdict, error / mesh.diameter, T))
-    return _figures(name, class_id, rows, group, switches, spent)
+    return _figures(name, class_id, rows, group, switches, spent, steps)
 
 
 def _figures(
@@ -234,6 +250,7 @@ def _figures(
     group: SymmetryGroup,
     switches: int,
     spent: Sequence[float],
+    steps: list[tuple[str, float, float]],
 ) -> Figures:
     seen = [row for row in rows if row[0].masks[row[1]].sum() > 200]
     errors = np.array([row[3] for row in seen])
@@ -270,7 +287,73 @@ def _figures(
         jitter_deg,
         jitter,
         float(np.mean(spent)) if spent else 0.0,
+        steps,
     )
+
+
+def summary(films: Sequence[Figures]) -> str:
+    """A table of means over the films of each kind; the drift is a median, the rest of the last row is over
+    all poses."""
+    head = "film,films,answered,recall,false,turn,shift,switches,lost,found,jitter deg,jitter,ms".split(",")
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+
+    def cell(values: Sequence[float | None], digits: int, mean: Callable[..., float] = np.mean) -> str:
+        known = [value for value in values if value is not None]
+        return f"{mean(known):.{digits}f}" if known else "-"
+
+    for name in [*dict.fromkeys(one.film for one in films), "all"]:
+        own = [one for one in films if name in (one.film, "all")]
+        cells = [name, str(len(own)), cell([o.answered for o in own], 3), cell([o.recall for o in own], 3)]
+        cells += [f"{false_share([step for o in own for step in o.steps]):.4f}"]
+        cells += [cell([o.turn for o in own], 2, np.median), cell([o.shift for o in own], 4, np.median)]
+        cells += [str(sum(o.switches for o in own)), cell([o.lost_after for o in own], 1)]
+        cells += [cell([o.found_after for o in own], 1), cell([o.jitter_deg for o in own], 3)]
+        cells += [cell([o.jitter for o in own], 5), cell([o.milliseconds for o in own], 0)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def false_share(steps: Sequence[tuple[str, float, float]], least: float | None = None) -> float:
+    """Share of the followed poses that are false.
+
+    Args:
+        least: count those with at least this score as followed, whatever they were called.
+    """
+    if least is None:
+        errors = [error for verdict, _, error in steps if verdict == Verdict.FOLLOWED.value]
+    else:
+        errors = [error for _, score, error in steps if score >= least]
+    return float(np.mean(np.array(errors) > FALSE)) if errors else 0.0
+
+
+class Strip:
+    """A picture of some images of each film, a row per film, with the outlines of the poses.
+
+    Args:
+        specs: of the objects. columns: images per film.
+    """
+
+    def __init__(self, specs: Mapping[str, ObjectSpec], columns: int = 6) -> None:
+        self._painter, self._columns = OverlayPainter(specs), columns
+        self._rows: list[np.ndarray] = []
+        self._images: list[np.ndarray] = []
+
+    def show(self, shot: Shot, poses: Sequence[ObjectPose]) -> None:
+        """An image of the film, and what was said of it."""
+        named = [NamedPose(pose, pose.class_id, False) for pose in poses]
+        picture = self._painter.paint(shot.rgb, CameraModel(K, WIDTH, HEIGHT), named)
+        self._images.append(cv2.resize(picture, (WIDTH // 4, HEIGHT // 4), interpolation=cv2.INTER_AREA))
+
+    def next_film(self) -> None:
+        """The film is over."""
+        chosen = np.linspace(0, len(self._images) - 1, self._columns).round().astype(int)
+        self._rows.append(np.concatenate([self._images[i] for i in chosen], 1))
+        self._images = []
+
+    def write(self, path: Path) -> None:
+        """Write the picture."""
+        self._painter.close()
+        cv2.imwrite(str(path), np.concatenate(self._rows)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +367,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", type=float, default=0.0, help="seconds between masks; 0: the first image")
     parser.add_argument("--camera", action="store_true", help="tell where the camera is, as TF would")
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    parser.add_argument("--strip", type=Path, metavar="STRIP.jpg", help="picture with a row per kind of film")
     parser.add_argument("--seed", type=int, default=0, help="of the films (0)")
     add_refinements(parser)
     add_onboarding_arguments(parser)
@@ -297,22 +381,30 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (args.seconds > 0 and args.rate > 0 and args.masks >= 0):
         raise ConfigError("--seconds and --rate must be more than 0, --masks not less")
-    check_writable(args.out)
+    for path in filter(None, (args.out, args.strip)):
+        check_writable(path)
     estimator = load_estimator(args)
     names = sorted(estimator.banks)
     found: list[Figures] = []
+    strip = Strip({name: bank.spec for name, bank in estimator.banks.items()}) if args.strip else None
     with MeshRenderer(antialias=True) as renderer:
         for film in args.films:
             for n in range(args.count):
                 mesh = load_object(estimator.banks[names[n % len(names)]].spec)
                 shots = make_film(renderer, mesh, film, args.seed + n, args.seconds, args.rate)
-                one = measure(estimator, mesh, film, shots, args.camera, args.masks)
+                show = strip.show if strip is not None and n == 0 else None
+                one = measure(estimator, mesh, film, shots, args.camera, args.masks, show)
                 found.append(one)
+                if show is not None:
+                    strip.next_film()
                 print(
                     f"{film} {one.class_id}: answered {one.answered:.2f}, recall {one.recall:.2f}, false "
                     f"{one.false:.3f}, {one.milliseconds:.0f} ms",
                     flush=True,
                 )
+    if strip is not None:
+        strip.write(args.strip)
+    print(summary(found))
     options = {name: getattr(args, name) for name in ("seconds", "rate", "masks", "camera", "seed", "count")}
     report = {"options": options, "films": [asdict(one) for one in found]}
     write_atomically(args.out, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -41,12 +41,14 @@ class Following:
         self._reader: FrameReader | None = None
         self._follower: Follower | None = None
         self._newest = 0  # stamp (ns) of the newest image that was answered
+        self._shown: set[str] = set()  # objects in that answer
         self._epoch = 0
         # For other threads.
         self._lock = threading.Lock()
         self._report: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._waiting = False
+        self._all, self._others = True, set[str]()
         self.frames = 0
 
     def open(self, engine: Engine, reader: FrameReader) -> None:
@@ -80,6 +82,33 @@ class Following:
             self._follower.forget()
         with self._lock:
             self._report, self._names, self._waiting = {}, {}, False
+            self._all, self._others = True, set()
+
+    def choose(self, name: str, follow: bool, known: Sequence[str]) -> tuple[bool, str]:
+        """Follow an instance from its next mask on, or don't; for any thread.
+
+        Args:
+            name: of the instance; empty: all, also those to come. follow: whether. known: names there are.
+
+        Returns:
+            Whether that was done, and what to say about it.
+        """
+        if name and name not in known:
+            return False, f"no instance is called '{name}': there are {', '.join(known) or 'none'}"
+        with self._lock:
+            if not name:
+                self._all, self._others = follow, set()
+            elif follow == self._all:
+                self._others.discard(name)
+            else:
+                self._others.add(name)
+        told = "is followed" if follow else "is published with its masks only"
+        return True, f"{name or 'every instance'} {told}"
+
+    def _followed(self, keys: Iterable[str]) -> list[str]:
+        """Those of some objects that are to be followed."""
+        with self._lock:
+            return [key for key in keys if (self._names.get(key) in self._others) != self._all]
 
     def wanted(self, p: NodeParameters, call: Callable[[Callable[[], None]], object]) -> None:
         """An image has come: have the newest one followed, unless that is about to happen; for any thread.
@@ -105,18 +134,21 @@ class Following:
             self._waiting = False
         if not self._follower:
             return
+        self._use_time(self._listener.epoch)
         images = self._listener.images_after(self._newest)
-        if not images:
+        if not images or images[-1].epoch != self._epoch:
             return
         pair = images[-1]
-        if not self._same_time(pair) or pair.stamp - self._newest < _EARLY * 1e9 / p.follow_rate:
+        if pair.stamp - self._newest < _EARLY * 1e9 / p.follow_rate:
             return
         started = time.monotonic()
-        frame = self._read(pair)
+        self._use_objects()
+        keys = self._followed(self._follower.status)
+        frame = self._read(pair) if keys else None
         if frame is None:
             return
-        self._use_objects()
-        found = self._follower.step(frame.rgb, frame.camera, pair.stamp * 1e-9, self._answers.camera_at(pair))
+        T_fixed_cam = self._answers.camera_at(pair)
+        found = self._follower.step(frame.rgb, frame.camera, pair.stamp * 1e-9, T_fixed_cam, keys)
         self._latencies.record({"follow": 1e3 * (time.monotonic() - started)})
         self._publish(found, pair, frame, p)
 
@@ -130,26 +162,29 @@ class Following:
         Args:
             poses: of the image. pair, frame: the image. spent: seconds that the estimate took.
         """
-        if self._epoch != pair.epoch:
-            if pair.epoch < self._epoch:
-                return
-            self.forget()
-            self._epoch = pair.epoch
+        if pair.epoch < self._epoch:
+            return
+        self._use_time(pair.epoch)
         self._use_objects()
+        self._forget_unseen(pair.stamp * 1e-9 - p.instance_timeout)
         stamp, follower = pair.stamp * 1e-9, self._follower
-        late = pair.stamp < self._newest
-        keys = follower.see_all(poses, stamp, p.instance_distance, self._answers.camera_at(pair))
+        late = pair.stamp <= self._newest
+        image = frame.rgb, frame.camera
+        keys = follower.see_all(poses, stamp, p.instance_distance, self._answers.camera_at(pair), image)
         if not late:
-            self._newest = pair.stamp
+            self._newest, self._shown = pair.stamp, set(keys)
             named, retired = self._answers.publish(poses, pair, p, keys, spent)
             self._remember(keys, named)
             self._answers.show(named, retired, frame, pair.image.header)
+        else:
+            self._publish_late(keys, pair, frame, p)
+        keys = self._followed(keys)
         images = self._listener.images_after(pair.stamp)
         if images and keys and images[-1].epoch == self._epoch:
             found = follower.carry([self._image(one) for one in images], keys)
             newest = images[-1]
             if newest.stamp > self._newest:
-                others = [key for key in follower.status if key not in keys]
+                others = [key for key in self._followed(follower.status) if key not in keys]
                 shown = self._read(newest)
                 if shown is not None:
                     found += follower.step(
@@ -158,13 +193,26 @@ class Following:
                     self._publish(found, newest, shown, p)
         self._tell()
 
-    def _same_time(self, pair: Pair) -> bool:
-        """Whether an image is of the time that the objects are from; else they are forgotten."""
-        if pair.epoch == self._epoch:
-            return True
-        self.forget()
-        self._epoch = pair.epoch
-        return False
+    def _publish_late(self, keys: Sequence[str], pair: Pair, frame: Frame, p: NodeParameters) -> None:
+        """Publish what the answer to the image of late masks, or to a later one, said nothing of: what is not
+        followed, and what is new in the newest image."""
+        status, said = self._follower.status, set(self._followed(keys))
+        if pair.stamp == self._newest:
+            said &= self._shown
+        late = [key for key in keys if key not in said and status[key].stamp == pair.stamp * 1e-9]
+        if late:
+            poses = [self._follower.pose_of(key) for key in late]
+            named, retired = self._answers.publish(poses, pair, p, late)
+            self._remember(late, named)
+            if pair.stamp == self._newest:
+                self._shown |= set(late)
+            self._answers.show(named, retired, frame, pair.image.header)
+
+    def _use_time(self, epoch: int) -> None:
+        """What is known from before the images' time started over is forgotten."""
+        if epoch != self._epoch:
+            self.forget()
+            self._epoch = epoch
 
     def _use_objects(self) -> None:
         """Those that are loaded now."""
@@ -175,6 +223,13 @@ class Following:
             if self._follower.class_of(key) not in self._engine.objects.banks
         ]
         self._follower.forget(gone)
+
+    def _forget_unseen(self, stamp: float) -> None:
+        """Those that are not followed and that no mask has shown since a stamp (s)."""
+        followed = self._followed(self._follower.status)
+        self._follower.forget(
+            [k for k, one in self._follower.status.items() if k not in followed and one.seen < stamp]
+        )
 
     def _read(self, pair: Pair) -> Frame | None:
         try:
@@ -192,9 +247,9 @@ class Following:
 
     def _publish(self, found: list[Followed], pair: Pair, frame: Frame, p: NodeParameters) -> None:
         shown = [one for one in found if one.verdict is not Verdict.LOST]
-        self._newest = pair.stamp
-        self.frames += 1
         keys = [one.key for one in shown]
+        self._newest, self._shown = pair.stamp, set(keys)
+        self.frames += 1
         named, retired = self._answers.publish([one.pose for one in shown], pair, p, keys)
         self._remember(keys, named)
         self._answers.show(named, retired, frame, pair.image.header)
@@ -205,9 +260,10 @@ class Following:
 
     def _tell(self) -> None:
         """Write down how the objects fare."""
-        report = {}
+        report, followed = {}, set(self._followed(self._follower.status))
         for key, one in self._follower.status.items():
-            text = f"{one.verdict.value} since {one.since:.3f}, last seen by a mask {one.seen:.3f}"
+            kept = one.verdict.value if key in followed else "not followed"
+            text = f"{kept} since {one.since:.3f}, last seen by a mask {one.seen:.3f}"
             report[self._names.get(key, key)] = text + (f": {one.reason}" if one.reason else "")
         with self._lock:
             self._report = report

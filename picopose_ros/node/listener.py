@@ -179,6 +179,12 @@ class Listener:
             return [] if self._pairing is None else self._pairing.images_after(stamp, time.monotonic())
 
     @property
+    def epoch(self) -> int:
+        """How often the images' time has started over."""
+        with self._lock:
+            return 0 if self._pairing is None else self._pairing.epoch
+
+    @property
     def publishers(self) -> dict[str, int]:
         """How many publishers each input has, by the full name of its topic."""
         with self._lock:
