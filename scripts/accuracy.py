@@ -70,7 +70,9 @@ RUNS = {
     "masks": Run("masks as a segmenter makes them", HELDOUT, ("--scenes", "144", "--mask-noise")),
     "background": Run("background not masked", HELDOUT, ("--scenes", "96", "--background")),
     "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "24", "--kind", "cluttered"), overlays=True),
-    "match": Run("templates by the match alone", HELDOUT, ("--scenes", "96", "--rerank", "0", "--refinements", "0")),
+    "match": Run(
+        "templates by the match alone", HELDOUT, ("--scenes", "96", "--rerank", "0", "--refinements", "0")
+    ),
     "unrefined": Run("without refinement", HELDOUT, ("--scenes", "96", "--refinements", "0")),
     "demo": Run("the demo's objects", DEMO, ("--scenes", "60")),
 }
