@@ -285,7 +285,8 @@ def run(files: DemoFiles, folder: Path) -> Run:
     program = Path(__file__).with_name("grasp_planner.py")
     planner = subprocess.Popen([sys.executable, str(program), str(folder / "planner")], env=environment)
     try:
-        options = ["--out", folder, "--frames", FRAMES, "--hypotheses", 2, "--domain", domain]
+        options = ["--out", folder, "--frames", FRAMES, "--hypotheses", 2, "--viewpoints", 42]
+        options += ["--domain", domain]
         command = [sys.executable, "-m", "picopose_ros.demo", *map(str, options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr

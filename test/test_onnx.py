@@ -72,7 +72,7 @@ def estimate(world, **settings):
 
 
 def assert_near(a, b) -> None:
-    """The issue's bar: .05 degrees and .1 mm at the median."""
+    """At the median within .05 degrees and .1 mm."""
     assert [p.segment for p in a] == [p.segment for p in b] == [0, 1, 2]
     turns = [rotation_angle_deg(x.T_cam_obj[:3, :3], y.T_cam_obj[:3, :3]) for x, y in zip(a, b)]
     shifts = [np.linalg.norm(x.T_cam_obj[:3, 3] - y.T_cam_obj[:3, 3]) for x, y in zip(a, b)]

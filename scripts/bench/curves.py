@@ -122,7 +122,7 @@ def hundreds(options: Options) -> Found:
     for count in counts:
         some = {name: banks[name] for name in list(banks)[:count]}
         estimator = PoseEstimator(model, some, EstimatorSettings(), options.device)
-        image = simulated_image(some, 8, classes=min(count, 8))
+        image = simulated_image(some, 2 if options.quick else 8, classes=min(count, 8))
         estimator.estimate(*image)
         results = [estimator.estimate(*image).timings for _ in range(options.rounds(3))]
         match, total = (float(np.median([r[key] for r in results])) for key in ("match", "total"))
