@@ -14,7 +14,7 @@ import numpy as np
 from picopose_ros.geometry.contours import contour_lines, mask_edges, signed_distance
 from picopose_ros.geometry.depth import Patches, depth_term, surface_patches
 from picopose_ros.geometry.least_squares import Edges, Term
-from picopose_ros.geometry.regions import region_edges
+from picopose_ros.geometry.regions import colour_groups, region_edges
 from picopose_ros.templates.posed import PosedView
 
 _REACHES = (0.06, 0.03, 0.03)
@@ -93,6 +93,7 @@ class Evidence:
         self.remark = ""
         self._view, self._rgb, self._K, self._side, self._weights = view, rgb, K, side, weights
         self._distance: np.ndarray | None = None
+        self._colours: np.ndarray | None = None
         if segment is not None:
             margin = int(2 * _REACHES[0] * side + 2 * _LEAST_REACH_PX)
             self._distance = signed_distance(segment, margin)
@@ -153,7 +154,9 @@ class Evidence:
                 found["contour"] = made(good, offset, sigma, weights.edges_together, growth)
         good = inside(origin) & np.isfinite(normal).all(1)
         if good.sum() >= _MIN_EDGES:
-            offset, sigma = region_edges(self._rgb, origin, normal, reach)
+            if self._colours is None:
+                self._colours = colour_groups(self._rgb, origin[good], normal[good], reach)
+            offset, sigma = region_edges(self._rgb, origin, normal, reach, self._colours)
             scaled = sigma * weights.region_sigma
             found["region"] = made(good, offset, scaled, weights.regions_together, weights.region_growth)
         return found

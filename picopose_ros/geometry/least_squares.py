@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import cv2
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.poses import make_transform
 
 _STEPS = 12
-_SETTLED = 1e-2
+_SETTLED = 5e-2
 """A step that is smaller than this share of its standard deviation ends the iteration."""
 
 
@@ -78,7 +78,7 @@ class Solution:
 
 def moved(T_cam_obj: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """The pose after a motion (6,): (v, w)."""
-    turn = Rotation.from_rotvec(motion[3:]).as_matrix()
+    turn = cv2.Rodrigues(motion[3:])[0]
     return make_transform(turn @ T_cam_obj[:3, :3], T_cam_obj[:3, 3] + motion[:3])
 
 
@@ -106,7 +106,7 @@ class Reprojections:
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
-        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K)
+        uv, by_motion = projected(arm, T_cam_obj[:3, 3], self.K)
         modes = np.zeros((len(uv), 2, 0))
         if self.scale_sigma and len(uv):
             modes = (self.scale_sigma / self.sigma) * (self.uv - self.uv.mean(0))[..., None]
@@ -139,9 +139,9 @@ class Edges:
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
-        uv, by_motion = _projected(arm, T_cam_obj[:3, 3], self.K)
+        uv, by_motion = projected(arm, T_cam_obj[:3, 3], self.K)
         along = ((uv - self.origin) * self.normal).sum(1)
-        jacobian = np.einsum("ni,nij->nj", self.normal, by_motion)
+        jacobian = (self.normal[:, None] @ by_motion)[:, 0]
         modes = np.zeros((len(uv), 1, 0))
         if self.growth_sigma:
             modes = (self.growth_sigma / self.sigma)[:, None, None]
@@ -328,18 +328,27 @@ class _System:
         g[6:] += modes
         cost, weights, first = float(modes @ modes), [], 6
         for term, line, own in zip(self._terms, lines, self.split(modes)):
-            columns = [*range(6), *range(first, first + len(own))]
-            first += len(own)
-            J = np.concatenate([line.jacobian, line.modes], 2)
-            r = line.residual + line.modes @ own
-            squared = (r**2).sum(1)
-            weight = (1.0 + squared / term.cutoff**2) ** -2
+            count, last = len(own), first + len(own)
+            r = line.residual + line.modes @ own if count else line.residual
+            squared = np.einsum("nk,nk->n", r, r)
+            kept = 1.0 / (1.0 + squared / term.cutoff**2)
+            weight = kept**2
             weights.append(weight)
-            flat = J.reshape(-1, J.shape[2])
-            whole = ((weight / term.together)[:, None, None] * J).reshape(flat.shape).T
-            H[np.ix_(columns, columns)] += whole @ flat
-            g[columns] += whole @ r.ravel()
-            cost += float((squared / (1.0 + squared / term.cutoff**2)).sum() / term.together)
+            # Jacobian, modes and residual side by side: one product gives all of the normal equations.
+            rows = np.empty((*r.shape, 7 + count))
+            rows[..., :6], rows[..., 6:-1], rows[..., -1] = line.jacobian, line.modes, r
+            rows *= (kept / np.sqrt(term.together))[:, None, None]
+            flat = rows.reshape(-1, 7 + count)
+            product = flat.T @ flat
+            H[:6, :6] += product[:6, :6]
+            g[:6] += product[:6, -1]
+            if count:
+                H[first:last, first:last] += product[6:-1, 6:-1]
+                H[:6, first:last] += product[:6, 6:-1]
+                H[first:last, :6] += product[6:-1, :6]
+                g[first:last] += product[6:-1, -1]
+            first = last
+            cost += float(squared @ kept) / term.together
         return _State(cost, H, g, modes, weights)
 
 
@@ -352,27 +361,31 @@ def _solved(H: np.ndarray, g: np.ndarray) -> np.ndarray | None:
     return step if np.isfinite(step).all() else None
 
 
-def _projected(arm: np.ndarray, origin: np.ndarray, K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def projected(arm: np.ndarray, origin: np.ndarray, K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 2) of points, and their derivative (n, 2, 6) by the motion of the pose.
 
     Args:
         arm: (n, 3) the points less the object's origin, camera frame. origin: (3,) camera frame.
         K: (3, 3).
     """
-    point = arm + origin
-    x, y, z = point.T
+    ax, ay, az = arm.T
     with np.errstate(all="ignore"):
-        behind = np.where(z > 0, 1.0, np.nan)
-        u, v = x / z * behind, y / z * behind
-        by_point = np.zeros((len(point), 2, 3))
-        by_point[:, 0, 0], by_point[:, 0, 2] = K[0, 0] / z, -K[0, 0] * u / z
-        by_point[:, 1, 1], by_point[:, 1, 2] = K[1, 1] / z, -K[1, 1] * v / z
+        near = 1.0 / np.where(az + origin[2] > 0, az + origin[2], np.nan)
+    u, v = (ax + origin[0]) * near, (ay + origin[1]) * near
     uv = np.stack([K[0, 0] * u + K[0, 2], K[1, 1] * v + K[1, 2]], 1)
-    # By a turn: b . (w x arm) = w . (arm x b).
-    bx, by, bz = by_point[..., 0], by_point[..., 1], by_point[..., 2]
-    ax, ay, az = arm.T[..., None]
-    by_turn = np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], 2)
-    return uv, np.concatenate([by_point, by_turn], 2)
+    # By the point b = (across, 0, along); by a turn: b . (w x arm) = w . (arm x b).
+    by_motion = np.zeros((len(arm), 2, 6))
+    across = K[0, 0] * near
+    along = -u * across
+    by_motion[:, 0, 0], by_motion[:, 0, 2] = across, along
+    by_motion[:, 0, 3], by_motion[:, 0, 4] = ay * along, az * across - ax * along
+    by_motion[:, 0, 5] = -ay * across
+    across = K[1, 1] * near
+    along = -v * across
+    by_motion[:, 1, 1], by_motion[:, 1, 2] = across, along
+    by_motion[:, 1, 3], by_motion[:, 1, 4] = ay * along - az * across, -ax * along
+    by_motion[:, 1, 5] = ax * across
+    return uv, by_motion
 
 
 def _left_jacobian_inverse(w: np.ndarray) -> np.ndarray:

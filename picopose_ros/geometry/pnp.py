@@ -8,12 +8,15 @@ import cv2
 import numpy as np
 
 from picopose_ros.geometry.correspondences import Correspondences
+from picopose_ros.geometry.least_squares import projected
 from picopose_ros.geometry.poses import make_transform
 
 _MIN_PAIRS = 4
 _DRAWN_FROM = 600
 _REFINE_ROUNDS = 5
 _LM_STEPS = 20
+_SETTLED = 1e-7
+"""A step that lessens the sum of squares by no more than this share ends the least squares."""
 
 
 @dataclass(frozen=True)
@@ -145,40 +148,26 @@ def _inliers(
         return np.flatnonzero((camera[:, 2] > 0) & ((error**2).sum(1) <= threshold**2))
 
 
-def _jacobian(camera: np.ndarray, centre: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """(n, 2, 6) derivative of the pixels by translation and by rotation about the object's origin."""
-    x, y, z = camera.T
-    by_point = np.zeros((len(camera), 2, 3))
-    by_point[:, 0, 0] = K[0, 0] / z
-    by_point[:, 0, 2] = -K[0, 0] * x / z**2
-    by_point[:, 1, 1] = K[1, 1] / z
-    by_point[:, 1, 2] = -K[1, 1] * y / z**2
-    arm = camera - centre
-    cross = np.zeros((len(camera), 3, 3))  # d(w x arm) / dw
-    cross[:, 0, 1], cross[:, 0, 2] = arm[:, 2], -arm[:, 1]
-    cross[:, 1, 0], cross[:, 1, 2] = -arm[:, 2], arm[:, 0]
-    cross[:, 2, 0], cross[:, 2, 1] = arm[:, 1], -arm[:, 0]
-    return np.concatenate([by_point, by_point @ cross], 2)
-
-
 def _levenberg_marquardt(pose: np.ndarray, uv: np.ndarray, xyz: np.ndarray, K: np.ndarray) -> np.ndarray:
     """Least-squares pose of pairs without outliers, from a start in front of the camera."""
     damping = 1e-4
-    error, camera = _residuals(pose, uv, xyz, K)
-    cost = (error**2).sum()
+    seen, J = projected(xyz @ pose[:3, :3].T, pose[:3, 3], K)
+    error = (seen - uv).ravel()
+    cost = error @ error
     for _ in range(_LM_STEPS):
-        J = _jacobian(camera, pose[:3, 3], K).reshape(-1, 6)
-        H, g = J.T @ J, J.T @ error.ravel()
+        flat = J.reshape(-1, 6)
+        H, g = flat.T @ flat, flat.T @ error
         try:
             step = np.linalg.solve(H + damping * np.diag(np.diag(H)), -g)
         except np.linalg.LinAlgError:
             return pose
         trial = make_transform(cv2.Rodrigues(step[3:])[0] @ pose[:3, :3], pose[:3, 3] + step[:3])
-        trial_error, trial_camera = _residuals(trial, uv, xyz, K)
-        trial_cost = (trial_error**2).sum()
-        if (trial_camera[:, 2] > 0).all() and trial_cost <= cost:
-            converged = cost - trial_cost <= 1e-10 * cost
-            pose, error, camera, cost = trial, trial_error, trial_camera, trial_cost
+        seen, trial_J = projected(xyz @ trial[:3, :3].T, trial[:3, 3], K)
+        trial_error = (seen - uv).ravel()
+        trial_cost = trial_error @ trial_error
+        if trial_cost <= cost:  # never of a point behind the camera: that is not a number
+            converged = cost - trial_cost <= _SETTLED * cost
+            pose, J, error, cost = trial, trial_J, trial_error, trial_cost
             damping /= 10
             if converged:
                 break
@@ -220,8 +209,8 @@ def pose_covariance(pose: np.ndarray, uv: np.ndarray, xyz: np.ndarray, K: np.nda
     """
     if 2 * len(uv) <= 6:
         return None
-    error, camera = _residuals(pose, uv, xyz, K)
-    J = _jacobian(camera, pose[:3, 3], K).reshape(-1, 6)
+    seen, J = projected(xyz @ pose[:3, :3].T, pose[:3, 3], K)
+    error, J = seen - uv, J.reshape(-1, 6)
     H = J.T @ J
     scale = np.sqrt(np.diag(H))
     if not (scale > 0).all():

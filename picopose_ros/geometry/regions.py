@@ -7,6 +7,8 @@ surely, is where the object ends (after Stoiber et al., SRT3D, IJCV 2022, and IC
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 
@@ -26,8 +28,18 @@ _FLOOR_PX = 0.4
 """Least standard deviation of an edge."""
 
 
+def colour_groups(rgb: np.ndarray, origin: np.ndarray, normal: np.ndarray, reach: float) -> np.ndarray:
+    """(k, 3) float32 colours that are told apart around a contour; arguments as of `region_edges`."""
+    colours = sample_lines(rgb, origin, normal, _places(reach)[0]).astype(np.float32)
+    return _cluster_centres(colours.reshape(-1, 3))
+
+
 def region_edges(
-    rgb: np.ndarray, origin: np.ndarray, normal: np.ndarray, reach: float
+    rgb: np.ndarray,
+    origin: np.ndarray,
+    normal: np.ndarray,
+    reach: float,
+    centres: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where lines leave the object, by colour.
 
@@ -35,25 +47,26 @@ def region_edges(
         rgb: (H, W, 3) uint8. origin, normal: (n, 2) lines, in the order of the contour.
         reach: px to either side of the origins within which the edge is looked for; twice as far the colours
             are looked at.
+        centres: (k, 3) of `colour_groups`, to be used again while the contour hardly moves; None: their own.
     Returns:
         (n,) px along the lines, and (n,) its standard deviation, px; both of a distribution over the reach.
     """
-    step = max(reach / 10.0, 0.5)
-    half = int(np.ceil(reach / step))
-    at = np.arange(-2 * half, 2 * half + 1) * step
+    at, step = _places(reach)
     colours = sample_lines(rgb, origin, normal, at).astype(np.float32)
     n, s, _ = colours.shape
     flat = colours.reshape(-1, 3)
-    centres = _cluster_centres(flat)
+    if centres is None:
+        centres = _cluster_centres(flat)
     labels = _nearest(flat, centres).reshape(n, s)
     apart = np.linalg.norm(centres[:, None] - centres[None], axis=2)
-    alike = np.exp(-0.5 * (apart / _COLOUR_SIGMA) ** 2)
+    alike = _gaussian(apart / _COLOUR_SIGMA)
     window = _window(n)
     logs = []
+    numbered = labels + np.arange(n)[:, None] * len(centres)
     for side in (at < -0.5 * reach, at > 0.5 * reach):
-        counts = np.zeros((n, len(centres)), np.float32)
-        np.add.at(counts, (np.arange(n)[:, None], labels[:, side]), 1.0)
-        histogram = window @ counts @ alike
+        counts = np.bincount(numbered[:, side].ravel(), minlength=n * len(centres))
+        counts = counts.reshape(n, -1).astype(np.float32)
+        histogram = window @ (counts @ alike)
         histogram /= histogram.sum(1, keepdims=True) + 1e-9
         logs.append(np.log(histogram + 0.2 / len(centres)))
     odds = np.clip(np.take_along_axis(logs[0] - logs[1], labels, 1), -_STRONGEST, _STRONGEST)
@@ -66,6 +79,13 @@ def region_edges(
     mean = weight @ place
     variance = weight @ place**2 - mean**2
     return mean, np.sqrt(np.maximum(variance, 0) + _FLOOR_PX**2)
+
+
+def _places(reach: float) -> tuple[np.ndarray, float]:
+    """Samples on a line, px from its origin, and their distance."""
+    step = max(reach / 10.0, 0.5)
+    half = int(np.ceil(reach / step))
+    return np.arange(-2 * half, 2 * half + 1) * step, step
 
 
 def _cluster_centres(colours: np.ndarray) -> np.ndarray:
@@ -83,8 +103,14 @@ def _nearest(colours: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return (0.5 * (centres**2).sum(1) - colours @ centres.T).argmin(1)
 
 
+@lru_cache(32)
 def _window(n: int) -> np.ndarray:
     """(n, n) float32 weights of neighbouring lines on a closed contour."""
     lag = np.abs(np.arange(n)[:, None] - np.arange(n)[None])
     lag = np.minimum(lag, n - lag)
-    return np.exp(-0.5 * (lag / max(_NEIGHBOURS * n, 1.0)) ** 2).astype(np.float32)
+    return _gaussian(lag / max(_NEIGHBOURS * n, 1.0))
+
+
+def _gaussian(ratio: np.ndarray) -> np.ndarray:
+    """float32 exp(-ratio^2 / 2); exactly 0 where it is tiny: processors are slow at numbers next to 0."""
+    return np.exp(-0.5 * ratio**2, where=ratio < 5.0, out=np.zeros_like(ratio)).astype(np.float32)

@@ -184,7 +184,7 @@ def export_onnx(
     model = model.to("cpu").eval()
     lookups = model.config.offsets.lookup
     # How convolutions are computed is up to the runtime.
-    schedule = Schedule(local_lookup="local" in lookups, winograd=False)
+    schedule = Schedule(local_lookup="local" in lookups, winograd=False, packed=False)
     trained = [parameter.requires_grad for parameter in model.parameters()]
     aligned = model.offsets.aligned
     written: dict[str, Any] = {}

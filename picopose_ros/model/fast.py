@@ -32,6 +32,7 @@ from picopose_ros.model.offsets import (
     sample_at,
     turned,
 )
+from picopose_ros.model.packed import PackedConv
 from picopose_ros.model.winograd import WinogradConv
 
 _WINOGRAD_CHANNELS = 128
@@ -50,6 +51,7 @@ class Schedule:
             False: with every hypothesis.
         local_lookup: correlations are looked up without the volume of all pairs of cells.
         winograd: large 3x3 convolutions on a CPU in fp32 by Winograd's method.
+        packed: convolutions on a CPU with their weights laid out once and their activation in the same pass.
         bank_product: stage 1 is one product per object of a bank as it is with the patches inside all masks;
             False: per segment with a converted copy, and with all patches.
         parallel_pnp: hypotheses' poses are solved in threads while the network goes on.
@@ -58,6 +60,7 @@ class Schedule:
     template_parts: bool = True
     local_lookup: bool = True
     winograd: bool = True
+    packed: bool = True
     bank_product: bool = True
     parallel_pnp: bool = True
 
@@ -155,7 +158,8 @@ class FastStages:
         self.model = model
         self.schedule = schedule or Schedule()
         with torch.no_grad():
-            self.folded = fold_norms(model.backbone), fold_norms(model.pyramid)
+            packed = self.schedule.packed
+            self.folded = fold_norms(model.backbone, packed), fold_norms(model.pyramid, packed)
             self._blocks = [_FastBlock(block, self.schedule) for block in model.offsets.blocks]
         self.pairs_at_once = 2**16
         if next(model.parameters()).device.type == "cpu":
@@ -254,14 +258,18 @@ class _Conv:
         pays = kernel == 3 and channels >= _WINOGRAD_CHANNELS and weight.device.type == "cpu"
         if schedule.winograd and pays:
             self._winograd = WinogradConv(weight, bias)
-        self._weight = weight.contiguous(memory_format=torch.channels_last)
-        self._bias, self._padding = bias, kernel // 2
+        self._direct = PackedConv(
+            weight,
+            bias,
+            padding=(kernel // 2, kernel // 2),
+            activation="relu" if relu else "none",
+            packed=schedule.packed,
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._winograd is not None and not torch.is_autocast_enabled("cpu"):
-            x = self._winograd(x)
-        else:
-            x = F.conv2d(x, self._weight, self._bias, padding=self._padding)
+        if self._winograd is None or torch.is_autocast_enabled("cpu"):
+            return self._direct(x)
+        x = self._winograd(x)
         return F.relu_(x) if self._relu else x
 
 
