@@ -206,6 +206,7 @@ class PoseEstimator:
             lambda query, own: self._choose(query, own, camera),
             (lambda tasks: self._refine(rgb, camera, tasks, rounds, depth)) if rounds else None,
             self._calibration,
+            features,
         )
         clock.lap("refine")
         poses: list[ObjectPose] = []

@@ -18,6 +18,7 @@ from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.refine_step import Look, Step, refine_step
 from picopose_ros.geometry.depth import reliable_depth
 from picopose_ros.geometry.poses import rotation_angle_deg
+from picopose_ros.model.fast import Prepared
 from picopose_ros.templates.posed import PosedViews
 
 _FURTHEST_DEG = 40.0
@@ -49,11 +50,13 @@ class Task:
         class_id: of a bank.
         mask: (H, W) bool, the segment in the undistorted image; None: the object's silhouette is taken.
         starts: poses, at least one.
+        features: of the mask's crop, where it was encoded before.
     """
 
     class_id: str
     mask: np.ndarray | None
     starts: tuple[Start, ...]
+    features: Prepared | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,10 @@ def refine_poses(
     depths = _Depths(depth)
     steps: dict[tuple[int, bytes], Step | str] = {}
     for number in range(rounds):
-        wanted: dict[tuple[int, bytes], tuple[str, np.ndarray, np.ndarray | None]] = {}
+        wanted: dict[tuple[int, bytes], tuple[Task, np.ndarray]] = {}
         for state in states:
             for candidate in state.open(number):
-                wanted[candidate.key] = state.task.class_id, candidate.T_cam_obj, state.task.mask
+                wanted[candidate.key] = state.task, candidate.T_cam_obj
         if not wanted:
             break
         wanted = {key: one for key, one in wanted.items() if key not in steps}
@@ -125,7 +128,7 @@ def _steps(
     views: PosedViews,
     rgb: np.ndarray,
     K: np.ndarray,
-    wanted: dict[tuple[int, bytes], tuple[str, np.ndarray, np.ndarray | None]],
+    wanted: dict[tuple[int, bytes], tuple[Task, np.ndarray]],
     number: int,
     blacken: bool,
     weights: Weights | None,
@@ -134,9 +137,10 @@ def _steps(
     """One round: a step for each pose, or why there is none."""
     found: dict[tuple[int, bytes], Step | str] = {}
     looks: dict[tuple[int, bytes], Look] = {}
-    rendered = views.render([(class_id, T) for class_id, T, _ in wanted.values()])
+    rendered = views.render([(task.class_id, T) for task, T in wanted.values()])
     height, width = rgb.shape[:2]
-    for (key, (_, T, mask)), view in zip(wanted.items(), rendered):
+    for (key, (task, T)), view in zip(wanted.items(), rendered):
+        mask = task.mask
         if isinstance(view, PicoPoseError):
             found[key] = str(view)
             continue
@@ -144,8 +148,11 @@ def _steps(
         if mask is not None and (mask & silhouette).sum() < _LEAST_OVERLAP * mask.sum():
             found[key] = "the segment is in another place than the object at its pose"
             continue
-        shown = silhouette if mask is None or number else mask
-        looks[key] = Look(view, T, shown, mask, depth=depths.of(mask))
+        given = mask is not None and number == 0
+        shown = mask if given else silhouette
+        looks[key] = Look(
+            view, T, shown, mask, depth=depths.of(mask), features=task.features if given else None
+        )
     for key, step in zip(looks, refine_step(network, rgb, K, list(looks.values()), blacken, weights)):
         if step is None:
             found[key] = "rendering and image have no correspondences that fix a pose"

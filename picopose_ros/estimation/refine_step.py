@@ -25,6 +25,7 @@ from picopose_ros.geometry.crops import (
     mask_background,
 )
 from picopose_ros.geometry.least_squares import Prior, Reprojections, Solution, Term, solve
+from picopose_ros.model.fast import Prepared
 from picopose_ros.model.offsets import sample_at
 from picopose_ros.templates.posed import PosedView
 
@@ -48,6 +49,7 @@ class Look:
         segment: (H, W) bool, the mask whose edge is used; None: no contour.
         prior: (6, 6) covariance of ``T_cam_obj``, if it is to count; in the order of ROS.
         depth: (H, W) m of `picopose_ros.geometry.depth.reliable_depth`, registered to the image; or None.
+        features: of the crop of ``mask``, where it was encoded before.
     """
 
     view: PosedView
@@ -56,6 +58,7 @@ class Look:
     segment: np.ndarray | None = None
     prior: np.ndarray | None = None
     depth: np.ndarray | None = None
+    features: Prepared | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def refine_step(
     """
     weights = weights or Weights()
     crops = _Crops(rgb, blacken)
+    known = {id(look.mask): look.features for look in looks if look.features is not None}
     ready: list[tuple[int, np.ndarray]] = []
     for i, look in enumerate(looks):
         if look.mask.any():
@@ -120,7 +124,7 @@ def refine_step(
     if not ready:
         return steps
     with torch.inference_mode():
-        features = network.encode(np.stack([crop.input for crop in crops.all()]))
+        features = _encoded(network, crops, known)
         for start in range(0, len(ready), network.max_pairs):
             part = ready[start : start + network.max_pairs]
             own = [crops.of(looks[i].mask) for i, _ in part]
@@ -170,9 +174,19 @@ class _Crops:
             self._made[id(mask)] = _Crop(len(self._made), crop, inside, box.content())
         return self._made[id(mask)]
 
-    def all(self) -> list[_Crop]:
-        """In the order of their rows."""
-        return list(self._made.values())
+    def all(self) -> dict[int, _Crop]:
+        """By the masks' identities, in the order of their rows."""
+        return self._made
+
+
+def _encoded(network: Network, crops: _Crops, known: Mapping[int, Prepared]) -> Prepared:
+    """Features of all crops in the order of their rows; those of ``known`` masks aren't computed again."""
+    new = [crop.input for key, crop in crops.all().items() if key not in known]
+    made = network.encode(np.stack(new)) if new else None
+    if made is not None and len(new) == len(crops.all()):
+        return made
+    each = iter([] if made is None else made.split())
+    return Prepared.join([known[key] if key in known else next(each) for key in crops.all()])
 
 
 def _solve(

@@ -16,6 +16,7 @@ from picopose_ros.estimation.results import ObjectPose
 from picopose_ros.estimation.solving import SolvedHypothesis
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.rectify import straighten
+from picopose_ros.model.fast import Prepared
 
 Choose = Callable[[Query, Sequence[SolvedHypothesis]], ObjectPose | None]
 """The pose of some hypotheses of a query, without refinement."""
@@ -28,6 +29,7 @@ def answer(
     choose: Choose,
     refine: Callable[[Sequence[Task]], list[Refined | str]] | None,
     calibration: Calibration,
+    features: Prepared | None = None,
 ) -> tuple[list[list[ObjectPose | None]], list[list[str]]]:
     """The poses that are published.
 
@@ -37,6 +39,7 @@ def answer(
         choose: see `Choose`.
         refine: of tasks the results; None: nothing is refined.
         calibration: from quality to confidence.
+        features: of the queries' crops, if refinement is to use them again.
 
     Returns:
         Per query and k the pose or None; and what went wrong with its refinement, or "".
@@ -60,7 +63,10 @@ def answer(
             starts = tuple(Start(p.T_cam_obj, value) for p, value in zip(poses, values))
             # Of a box nothing is known but that the object is in it.
             mask = None if query.segment.is_box else query.segment.mask
-            tasks.append(Task(query.bank.class_id, mask, starts))
+            encoded = None
+            if features is not None and mask is not None:
+                encoded = features.select(slice(row, row + 1))
+            tasks.append(Task(query.bank.class_id, mask, starts, encoded))
             origins.append((row, place, poses))
     for (row, place, poses), one in zip(origins, refine(tasks)):
         remarks[row][place] = remark(one)
@@ -96,6 +102,8 @@ def straighten_tasks(
     tasks: Sequence[Task], rgb: np.ndarray, depth: np.ndarray | None, camera: CameraModel
 ) -> tuple[list[Task], np.ndarray, np.ndarray | None]:
     """Tasks, image and depth image as an undistorted camera would have them."""
+    if camera.distorted:  # what was encoded is of the distorted image
+        tasks = [replace(task, features=None) for task in tasks]
     masks = {id(task.mask): task.mask for task in tasks if task.mask is not None}
     rgb, *straight = straighten([rgb, *masks.values()], camera)
     by_id = dict(zip(masks, straight))

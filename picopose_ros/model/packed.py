@@ -29,7 +29,8 @@ def can_pack(weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, n) for n in ("_convolution_pointwise", "_reorder_convolution_weight"))
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
     )
 
 
@@ -46,7 +47,7 @@ class PackedConv(nn.Module):
         activation: Activation = "none",
         packed: bool = True,
     ) -> None:
-        """Keep weight (O, C / groups, k, k) and bias (O,); ``packed``: lay them out, where that can be done."""
+        """Keep weight (O, C / groups, k, k) and bias (O,); ``packed``: lay them out, where possible."""
         super().__init__()
         self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self._bias = None if bias is None else bias.detach()
@@ -65,10 +66,8 @@ class PackedConv(nn.Module):
         if kind not in self._types or torch.compiler.is_compiling() or x.requires_grad or x.numel() == 0:
             return self._plain(x)
         weight, bias = self._made.get(kind) or self._make(kind, x)
-        attribute, scalars = _ATTRIBUTES[self._activation]
-        return torch.ops.mkldnn._convolution_pointwise(
-            x.to(kind), weight, bias, self._padding, self._stride, [1, 1], self._groups, attribute, scalars, ""
-        )
+        how = self._padding, self._stride, [1, 1], self._groups, *_ATTRIBUTES[self._activation], ""
+        return torch.ops.mkldnn._convolution_pointwise(x.to(kind), weight, bias, *how)
 
     def _make(self, kind: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = torch.ops.mkldnn._reorder_convolution_weight(
