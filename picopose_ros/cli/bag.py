@@ -428,7 +428,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meshes", type=Path, required=True, help="folder with one mesh per object")
     add_onboarding_arguments(parser)
     add_backend_arguments(parser)
-    parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    parser.add_argument("--hypotheses", type=positive, default=2, help="templates tried per segment (2)")
     add_refinements(parser)
     parser.add_argument(
         "--min-score",

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_onboarding_arguments(parser)
     add_backend_arguments(parser)
-    parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
+    parser.add_argument("--hypotheses", type=positive, default=2, help="templates tried per segment (2)")
     add_refinements(parser)
     parser.add_argument(
         "--overlay", type=Path, metavar="OUT.png", help="write the image with the poses in it"

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=60, help="images of the camera's path")
     parser.add_argument("--seed", type=int, default=7, help="of the world's clutter and noise")
     parser.add_argument("--storage", choices=tuple(STORAGES), default="mcap", help="of the bags")
-    parser.add_argument("--hypotheses", type=int, default=5, help="templates that the node tries per segment")
+    parser.add_argument("--hypotheses", type=int, default=2, help="templates that the node tries per segment")
     parser.add_argument("--viewpoints", type=int, default=162, choices=(42, 162, 642), help="per object")
     parser.add_argument(
         "--weights", type=Path, help="checkpoint of the tiny network; the packaged one by default"

@@ -90,7 +90,7 @@ class PoseEstimator:
         unit: str = "m",
         viewpoints: int = 162,
         cache_dir: str | Path | None = None,
-        hypotheses: int = 5,
+        hypotheses: int = EstimatorSettings.hypotheses,
         progress: bool | Progress = False,
         precision: Precision = "auto",
         refinements: int = EstimatorSettings.refinements,

@@ -34,7 +34,7 @@ _INLIER_CROP_PX = 4.0
 _MIN_PAIRS = 12
 _CUTOFFS = (20.0, 2.0)
 """Of the correspondences, in turn: the first brings the pose near from wherever it begins."""
-_PAIRS = 400
+_PAIRS = 200
 """Correspondences that are used: neighbours say the same."""
 
 

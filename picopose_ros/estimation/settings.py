@@ -25,7 +25,8 @@ class EstimatorSettings:
     """How poses are computed.
 
     Attributes:
-        hypotheses: templates tried per segment.
+        hypotheses: templates tried per segment. More than two found no better poses, refined or not
+            (docs/performance.md); without reranking (``vitl``) the paper's five do.
         decode: ``subpixel``, or ``reference`` for the released network's decode, PnP and choice.
         ransac_threshold_px: largest reprojection error of an inlier in *crop* pixels, because that is what
             the network's errors scale with; ``reference`` always takes 2 image pixels.
@@ -53,7 +54,7 @@ class EstimatorSettings:
         keep_background: leave the pixels around a segment as they are, also where the preset blacks them out.
     """
 
-    hypotheses: int = 5
+    hypotheses: int = 2
     decode: DecodeMode = "subpixel"
     ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000

@@ -85,7 +85,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ),
     ParameterSpec(
         "hypotheses",
-        5,
+        2,
         "Templates tried per segment. More are slower and survive a wrong first match.",
         minimum=1,
         maximum=32,

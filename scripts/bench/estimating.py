@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -15,13 +16,21 @@ from measure import Found, Options, Table, Times, interleave, matrix_peak, ratio
 from networks import random_network, vit_gflop
 from simulated import simulated_banks, simulated_image
 
-from picopose_ros.estimator import Backend, EstimatorSettings, ObjectPose, PoseEstimator, resolve_precision
+from picopose_ros.estimator import (
+    Backend,
+    EstimatorSettings,
+    ObjectPose,
+    PoseEstimator,
+    encode_by,
+    resolve_precision,
+)
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model import PicoPose, load_model
 from picopose_ros.model.fast import Schedule
+from picopose_ros.templates.bank import ENCODE_BATCH, Onboarding
 
-STAGES = ("crop", "encode", "match", "regress", "pnp", "total")
+STAGES = ("crop", "encode", "match", "regress", "pnp", "refine", "total")
 
 
 def _schedules(
@@ -60,7 +69,7 @@ def network(options: Options) -> Found:
     names = list(banks)
     targets, rows, stages = {}, [], []
     for hypotheses in counts:
-        settings = EstimatorSettings(hypotheses=hypotheses)
+        settings = EstimatorSettings(hypotheses=hypotheses, refinements=0)
         released = ReleasedEstimator(model, banks, settings, device)
         ours = PoseEstimator(model, banks, settings, device)
         images = [simulated_image([name], segments) for name in names]
@@ -147,7 +156,7 @@ def _vit_share(options: Options, model: PicoPose) -> tuple[float, Table]:
 def ablation(options: Options) -> Found:
     """Every optimisation off, one at a time."""
     rows = []
-    settings = EstimatorSettings(hypotheses=5)
+    settings = EstimatorSettings(hypotheses=5, refinements=0)
     segments = 1 if options.device == "cpu" else 8
     cases: list[tuple[str, PicoPose, Mapping, Image, int]] = []
     tiny = load_model("tiny", device=options.device)
@@ -201,26 +210,31 @@ def tiny(options: Options) -> Found:
     found = onboarded(options, model)
     _, scenes = load_scenes(options, found, 2 if options.quick else 12)
     rows, stages, rate = [], [], 0.0
-    for hypotheses in (5, 1):
-        settings = EstimatorSettings(hypotheses=hypotheses)
+    settings_by_name = {
+        "5 hypotheses, not refined": EstimatorSettings(5, refinements=0),
+        "1 hypothesis, not refined": EstimatorSettings(1, refinements=0),
+        "the default": EstimatorSettings(),
+    }
+    for name, settings in settings_by_name.items():
         ours = PoseEstimator(model, found.banks, settings, options.device)
         released = ReleasedEstimator(model, found.banks, settings, options.device)
         images = [image_of(scene) for scene in scenes]
         times, medians = _schedules(released, ours, images, options.device)
-        if hypotheses == 5:
-            rate = 1000.0 / times["known"].median
+        rate = rate or 1000.0 / times["known"].median
         rows.append(
             [
-                hypotheses_text(hypotheses),
+                name,
                 *(str(times[key]) for key in times),
                 f"{ratio(times['released'], times['known']):.2f}",
                 f"{1000.0 / times['known'].median:.1f}",
             ]
         )
-        stages.append([hypotheses_text(hypotheses), *medians["known"]])
+        stages.append([name, *medians["known"]])
     note = (
         "Packaged weights, rendered images of 640x480 with one segment of the demo's objects, 162 templates; "
-        "milliseconds, median (least-most) over the images. Columns as above."
+        "milliseconds, median (least-most) over the images. Columns as above. The default is "
+        f"{hypotheses_text(EstimatorSettings().hypotheses)} and {EstimatorSettings().refinements} rounds of "
+        "refinement, which both schedules do alike."
     )
     head = ["", "released", "ours, new", "ours, known", "ratio, known", "per second"]
     return Found(
@@ -246,7 +260,9 @@ def precision(options: Options) -> Found:
         banks = simulated_banks(model.config, 1, 42 if options.quick else 162)
         image = simulated_image(banks, 1 if options.device == "cpu" else 8)
         estimators = {
-            name: PoseEstimator(model, banks, EstimatorSettings(precision=name), options.device)
+            name: PoseEstimator(
+                model, banks, EstimatorSettings(5, precision=name, refinements=0), options.device
+            )
             for name in names
         }
         times = interleave(
@@ -266,15 +282,14 @@ def backends(options: Options) -> Found:
     title = "Backends"
     if importlib.util.find_spec("onnxruntime") is None:
         note = "Not measured: ONNX Runtime isn't installed (`pip install onnxruntime onnx onnxscript`)."
-        return Found({}, [Table(title, ["", *STAGES], [], note)])
+        return Found({}, [Table(title, ["", *get_args(Backend)], [], note)])
     model = load_model("tiny", device=options.device)
     found = onboarded(options, model)
     _, scenes = load_scenes(options, found, 2 if options.quick else 12)
     precision = "fp32" if options.device == "cpu" else "fp16"
+    settings = EstimatorSettings(precision=precision)
     estimators = {
-        name: PoseEstimator(
-            model, found.banks, EstimatorSettings(precision=precision, backend=name), options.device
-        )
+        name: PoseEstimator(model, found.banks, replace(settings, backend=name), options.device)
         for name in get_args(Backend)
     }
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in estimators}
@@ -287,13 +302,14 @@ def backends(options: Options) -> Found:
                 if keep:
                     laps[name].append(result.timings)
                     poses[name].append(result.poses)
-    rows = [
-        [name, *(f"{np.median([lap[stage] for lap in own]):.1f}" for stage in STAGES)]
-        for name, own in laps.items()
-    ]
-    plain, other = (laps[name] for name in estimators)
-    ratios = [np.median([b[stage] / max(a[stage], 1e-3) for a, b in zip(plain, other)]) for stage in STAGES]
-    rows.append(["onnxruntime / torch", *(f"{value:.2f}" for value in ratios)])
+    rows = []
+    for stage in STAGES:
+        each = [[lap[stage] for lap in own] for own in laps.values()]
+        rows.append([f"{stage}, ms", *(f"{np.median(one):.1f}" for one in each), _median_ratio(*each)])
+    each = _onboarding_seconds(options, model, found, tuple(estimators), precision)
+    rows.append(
+        ["encoding one object, s", *(f"{np.median(one):.2f}" for one in each), _median_ratio(*each)]
+    )
     pairs = [
         (a.T_cam_obj, b.T_cam_obj)
         for own, others in zip(*poses.values())
@@ -303,9 +319,38 @@ def backends(options: Options) -> Found:
     turn = np.median([rotation_angle_deg(a[:3, :3], b[:3, :3]) for a, b in pairs])
     shift = np.median([np.linalg.norm(a[:3, 3] - b[:3, 3]) for a, b in pairs])
     note = (
-        f"`tiny` in {precision}, {len(scenes)} rendered images with one segment, 5 hypotheses, known "
-        "templates; milliseconds, medians, both backends in turn on every image; the last row is the "
-        f"median of the ratios. The poses differ by {turn:.4f} degrees and {1000 * shift:.4f} mm at the "
-        "median."
+        f"`tiny` in {precision}, {len(scenes)} rendered images with one segment, "
+        f"{hypotheses_text(settings.hypotheses)}, known templates; medians, the backends in turn on every "
+        "image; the last column is the median of the ratios. The last row is the encoding of onboarding: "
+        f"{len(next(iter(found.banks.values())))} templates. The poses differ by {turn:.4f} degrees and "
+        f"{1000 * shift:.4f} mm at the median."
     )
-    return Found({}, [Table(title, ["", *STAGES], rows, note)])
+    head = ["", *estimators, "onnxruntime / torch"]
+    return Found({}, [Table(title, head, rows, note)])
+
+
+def _median_ratio(plain: Sequence[float], other: Sequence[float]) -> str:
+    return f"{np.median([b / max(a, 1e-3) for a, b in zip(plain, other)]):.2f}"
+
+
+def _onboarding_seconds(
+    options: Options, model: PicoPose, found: Onboarding, names: Sequence[Backend], precision: str
+) -> list[list[float]]:
+    """Per backend the seconds that encoding all templates of an object takes, in turn."""
+    bank = next(iter(found.banks.values()))
+    crops = bank.crops(range(len(bank))).to(options.device)
+    device = torch.device(options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    try:
+        for _ in range(options.rounds(3)):
+            for name in names:
+                encode_by(model, device, name, "", precision)
+                with torch.inference_mode():
+                    model.descriptors(crops[:ENCODE_BATCH])
+                    begin = time.perf_counter()
+                    for part in crops.split(ENCODE_BATCH):
+                        model.descriptors(part).half().cpu()
+                    seconds[name].append(time.perf_counter() - begin)
+    finally:
+        encode_by(model, device)
+    return [seconds[name] for name in names]
