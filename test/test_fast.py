@@ -231,6 +231,13 @@ def test_half_precision_is_near(world, precision):
     assert ratio < 0.75
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("DEFAULT", torch.float32)])
+def test_bf16_needs_what_pytorch_may_use_of_the_processor(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert resolve_precision("auto", torch.device("cpu")) == dtype
+
+
 def test_precision_suits_the_device():
     assert resolve_precision("auto", torch.device("cuda")) == torch.float16
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16

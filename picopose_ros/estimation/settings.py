@@ -107,7 +107,9 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        # The processor may have what PyTorch was told not to use (ATEN_CPU_CAPABILITY); then bf16 fails there.
+        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        amx = device.type == "cpu" and allowed and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if amx else torch.float32
     if name not in get_args(Precision):
         raise ConfigError(f"precision is '{name}', choose one of {', '.join(get_args(Precision))}")
