@@ -217,6 +217,11 @@ def test_poses_come_from_hypotheses_that_reached_the_last_grid(world):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near(world, precision):
+    amx_forbidden = torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if precision == "bf16" and amx_forbidden:  # PyTorch's attention fails there, so it is refused
+        with pytest.raises(ConfigError, match="ATEN_CPU_CAPABILITY"):
+            EstimatorSettings(precision=precision)
+        return
     full, half = (
         world.make(PoseEstimator, "tiny", hypotheses=2, rerank=0, precision=p) for p in ("fp32", precision)
     )
@@ -236,9 +241,13 @@ def test_bf16_needs_what_pytorch_may_use_of_the_processor(monkeypatch, capabilit
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert resolve_precision("auto", torch.device("cpu")) == dtype
+    if dtype == torch.float32:
+        with pytest.raises(ConfigError, match="ATEN_CPU_CAPABILITY: unset it"):
+            resolve_precision("bf16", torch.device("cpu"))
 
 
-def test_precision_suits_the_device():
+def test_precision_suits_the_device(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert resolve_precision("auto", torch.device("cuda")) == torch.float16
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(ConfigError, match="precision is 'int8'"):

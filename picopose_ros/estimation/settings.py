@@ -104,15 +104,17 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: there is no such precision.
     """
+    if name not in get_args(Precision):
+        raise ConfigError(f"precision is '{name}', choose one of {', '.join(get_args(Precision))}")
+    # PyTorch's attention in bf16 fails where the processor has AMX that PyTorch was told not to use.
+    units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    usable = units and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        # The processor may have what PyTorch was told not to use (ATEN_CPU_CAPABILITY); then bf16 fails there.
-        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        amx = device.type == "cpu" and allowed and torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if amx else torch.float32
-    if name not in get_args(Precision):
-        raise ConfigError(f"precision is '{name}', choose one of {', '.join(get_args(Precision))}")
+        return torch.bfloat16 if usable else torch.float32
+    if name == "bf16" and units and not usable:
+        raise ConfigError("precision is 'bf16', which fails with ATEN_CPU_CAPABILITY: unset it or take 'fp32'")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
