@@ -242,7 +242,7 @@ def test_bf16_needs_what_pytorch_may_use_of_the_processor(monkeypatch, capabilit
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert resolve_precision("auto", torch.device("cpu")) == dtype
     if dtype == torch.float32:
-        with pytest.raises(ConfigError, match="ATEN_CPU_CAPABILITY: unset it"):
+        with pytest.raises(ConfigError, match="forbids: unset it"):
             resolve_precision("bf16", torch.device("cpu"))
 
 

@@ -114,7 +114,7 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
             return torch.float16
         return torch.bfloat16 if usable else torch.float32
     if name == "bf16" and units and not usable:
-        raise ConfigError("precision is 'bf16', which fails with ATEN_CPU_CAPABILITY: unset it or take 'fp32'")
+        raise ConfigError("precision is 'bf16', which ATEN_CPU_CAPABILITY forbids: unset it or take 'fp32'")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
