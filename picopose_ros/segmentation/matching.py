@@ -46,9 +46,9 @@ MENDED = 1
 SPARE = 1
 """Matches of an object that are mended beyond the number of instances that there may be."""
 
-CUT_LIKE, CUT_LOSS = 0.4, 0.02
-"""A mask is replaced by what GrabCut finds in its box where both overlap this much (IoU) and the score loses
-no more."""
+CUT_LIKE, CUT_SAME, CUT_LOSS = 0.4, 0.95, 0.02
+"""A mask is replaced by what GrabCut finds in its box where their overlap (IoU) lies between the first two
+and the score loses no more than the third."""
 
 HOPELESS = 0.2
 """A match whose score is this far below the least is not mended."""
@@ -69,8 +69,8 @@ class MatchSettings:
         overlap: of two instances that share more (of the smaller one) only the surer stays.
     """
 
-    candidates: int = 12
-    templates: int = 5
+    candidates: int = 8
+    templates: int = 4
     min_score: float = 0.62
     per_class: int = 2
     overlap: float = 0.5
@@ -191,19 +191,21 @@ class TemplateMatcher:
     def _cut_out(self, rgb: np.ndarray, matches: Sequence[Match]) -> list[Match]:
         """The matches with what in their boxes looks unlike its surroundings for a mask, where that is
         no less like the object."""
-        masks = []
-        for match in matches:
-            new = cut_out(rgb, _box_around(match.mask))
-            alike = np.count_nonzero(new & match.mask) > CUT_LIKE * np.count_nonzero(new | match.mask)
-            masks.append(new if alike and np.count_nonzero(new) >= LEAST_PIXELS else match.mask)
-        crops = self._crop(rgb, masks)
+        masks = [cut_out(rgb, _box_around(match.mask)) for match in matches]
+        rows = []
+        for row, (mask, match) in enumerate(zip(masks, matches)):
+            alike = np.count_nonzero(mask & match.mask) / np.count_nonzero(mask | match.mask)
+            if CUT_LIKE < alike < CUT_SAME and np.count_nonzero(mask) >= LEAST_PIXELS:
+                rows.append(row)
+        crops = self._crop(rgb, [masks[row] for row in rows])
         if crops is None:
             return list(matches)
-        again = self._judge_again(crops, matches)
-        return [
-            replace(new, score=max(new.score, old.score)) if new.score >= old.score - CUT_LOSS else old
-            for new, old in zip(again, matches)
-        ]
+        found = list(matches)
+        for row, new in zip(rows, self._judge_again(crops, [matches[row] for row in rows])):
+            old = matches[row]
+            if new.score >= old.score - CUT_LOSS:
+                found[row] = replace(new, score=max(new.score, old.score))
+        return found
 
     def _object(self, bank: TemplateBank) -> _Object:
         descriptors = torch.from_numpy(bank.descriptors).to(self.device)

@@ -13,11 +13,8 @@ from picopose_ros.segmentation.proposals import Picture, without_doubles
 from picopose_ros.segmentation.proposals.builtin import find_cells
 from picopose_ros.templates.bank import TemplateBank
 
-WINDOWS = (0.6, 0.35)
-"""Sides of the windows that are encoded, in the image's shorter side."""
-
-STEP = 1.0
-"""Distance of neighbouring windows, in their side, at most."""
+WINDOW = 0.42
+"""Side of the windows that are encoded, in the image's shorter side."""
 
 PATCH = 8
 """Side (px) of a patch of the map."""
@@ -48,7 +45,7 @@ _LEAD = 0.5  # standard deviations that an object leads by where it is told from
 class BankSearch:
     """Finds regions of an image that look like the surface of an object.
 
-    The image is encoded in overlapping windows of two sizes. A patch is as alike to an object as to the most
+    The image is encoded in windows. A patch is as alike to an object as to the most
     alike of a sample of its templates' patches; what all objects are alike to (a plain table) is taken off.
     To that comes how much more frequent a colour is on the object than in the image (Swain and Ballard 1991).
     The borders are those of the picture's cells. One set of regions is of where an object is more alike than
@@ -84,7 +81,7 @@ class BankSearch:
 
     def _alike(self, rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(objects, h, w) how alike the cells are to the objects, by the network."""
-        boxes = [box for share in WINDOWS for box in _windows(*rgb.shape[:2], share)]
+        boxes = _windows(*rgb.shape[:2])
         crops = np.stack([crop_rgb(rgb, box) for box in boxes]).astype(np.float32)
         rows = self._matcher.encode(crops).transpose(1, 2).flatten(0, 1)  # (windows * 256, C)
         with torch.inference_mode():
@@ -131,12 +128,12 @@ def _surface_colours(bank: TemplateBank) -> np.ndarray:
     return _histogram(_colour_bins(pixels[pixels.any(1)]))  # the background is black
 
 
-def _windows(height: int, width: int, share: float) -> list[CropBox]:
-    """Squares over the whole image."""
-    side = max(int(share * min(height, width)) // 2 * 2, 2)
+def _windows(height: int, width: int) -> list[CropBox]:
+    """Squares that cover the whole image."""
+    side = max(int(WINDOW * min(height, width)) // 2 * 2, 2)
 
     def starts(length: int) -> np.ndarray:
-        count = int(np.ceil((length - side) / (STEP * side))) + 1
+        count = int(np.ceil(length / side))
         return np.unique(np.linspace(0, length - side, max(count, 1)).round().astype(int))
 
     return [CropBox(int(left), int(top), side) for top in starts(height) for left in starts(width)]

@@ -64,7 +64,7 @@ class SourceOptions:
 
 
 _SAME = 0.85  # overlap (IoU) from which on two proposals are one
-_COARSE = 60  # samples of the shorter side that it is looked at in
+_COARSE = 40  # samples of the shorter side that it is looked at in
 
 Propose = Callable[[Picture], Sequence[np.ndarray]]
 """A proposal source: masks (H, W) bool of whatever looks like one thing, in any order."""

@@ -26,7 +26,7 @@ CELL = 10
 SMALLEST, LARGEST = 0.001, 0.35
 """Shares of the image that a proposal covers."""
 
-MOST = 12
+MOST = 6
 """Proposals per image."""
 
 SIZES = 6
