@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from picopose_ros.templates.bank import onboard
 
     rgb = read_rgb(args.image)
-    options = SourceOptions(args.proposal_weights, args.proposal_model, args.device)
-    propose = proposal_source(args.proposals, options)
     device = torch_device(args.device)
+    options = SourceOptions(args.proposal_weights, args.proposal_model, str(device))
+    propose = proposal_source(args.proposals, options)
     model = load_model(args.preset, args.weights, device)
     encode_by(model, device, args.backend, str(args.onnx_dir or ""))
     folder = args.meshes, model, args.viewpoints, args.unit, args.cache_dir

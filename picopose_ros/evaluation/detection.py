@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
         total = min(args.scenes, len(dataset.images))
         images = bop_images(dataset, detections, total)
     settings = MatchSettings(min_score=args.min_score, per_class=args.per_class)
-    propose = proposal_source(args.proposals, SourceOptions(args.proposal_weights, device=args.device))
+    propose = proposal_source(args.proposals, SourceOptions(args.proposal_weights, device=str(device)))
     search = args.proposals == "builtin"
     segmenter = Segmenter(model, onboarding.banks, propose, search, settings, device)
     estimator = None

@@ -45,11 +45,11 @@ _LEAD = 0.5  # standard deviations that an object leads by where it is told from
 class BankSearch:
     """Finds regions of an image that look like the surface of an object.
 
-    The image is encoded in windows. A patch is as alike to an object as to the most
-    alike of a sample of its templates' patches; what all objects are alike to (a plain table) is taken off.
-    To that comes how much more frequent a colour is on the object than in the image (Swain and Ballard 1991).
-    The borders are those of the picture's cells. One set of regions is of where an object is more alike than
-    all others, one for every level of where it is alike at all.
+    The image is encoded in windows. A patch is as alike to an object as to the most alike of a sample of its
+    templates' patches; what all objects are alike to (a plain table) is taken off. To that comes how much
+    more frequent a colour is on the object than in the image (Swain and Ballard 1991). The borders are those
+    of the picture's cells. One set of regions is of where an object is more alike than all others, one for
+    every level of where it is alike at all; those are proposed that stand out from what is around them.
 
     Args:
         matcher: with the banks.
