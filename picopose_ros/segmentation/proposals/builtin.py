@@ -29,8 +29,8 @@ SMALLEST, LARGEST = 0.001, 0.35
 MOST = 6
 """Proposals per image."""
 
-SIZES = 6
-"""Classes of size that share them, each twice as large as the one before."""
+SIZES = 3
+"""Classes of size that share them, each some seven times as large as the one before."""
 
 _SAME = 0.85  # proposals that overlap this much (IoU) are one
 _COLOUR_WEIGHTS = (1.0, 0.35)  # of the difference in colour, by order of merging
