@@ -59,7 +59,7 @@ class EstimatorSettings:
     ransac_threshold_px: float = 4.0
     ransac_iterations: int = 1000
     correlated_pairs: float = 780.0
-    rerank: int = 64
+    rerank: int = 32
     refinements: int = 2
     min_mask_pixels: int = 32
     max_batch: int = 16
