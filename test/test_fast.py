@@ -21,6 +21,7 @@ from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
 from picopose_ros.model import load_model
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.matching import bank_scores, match_scores_masked, match_scores_released
+from picopose_ros.model.packed import PackedConv
 from picopose_ros.model.winograd import WinogradConv
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
@@ -344,3 +345,28 @@ def test_winograds_convolution_is_a_convolution(batch, side, layout):
         plain = torch.nn.functional.conv2d(*double, padding=1)
         found = WinogradConv(weight, bias)(x)
         assert (found - plain).abs().max() < 3e-5 * plain.abs().max()
+
+
+# -- packed convolutions ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("groups", "kernel", "stride"), [(1, 1, 1), (1, 3, 2), (8, 3, 1)])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_a_packed_convolution_is_a_convolution_with_its_activation(groups, kernel, stride, activation, bf16):
+    generator = torch.Generator().manual_seed(0)
+    weight = 3 * torch.randn(16, 8 // groups, kernel, kernel, generator=generator)
+    bias = torch.randn(16, generator=generator)
+    how = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "groups": groups}
+    conv = PackedConv(weight, bias, activation=activation, **how)
+    end = {"none": lambda x: x, "relu": torch.relu, "relu6": torch.nn.functional.relu6}[activation]
+    for batch, side in ((1, 12), (3, 7)):  # the weight was laid out for the first
+        x = torch.randn(batch, 8, side, side, generator=generator)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = conv(x)
+            assert found.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        plain = end(torch.nn.functional.conv2d(x, weight, bias, **how))
+        assert (found.float() - plain).abs().max() <= (0.03 if bf16 else 1e-5) * plain.abs().max()
+    trained = torch.randn(1, 8, 12, 12, requires_grad=True)
+    conv(trained).sum().backward()  # what oneDNN can't, PyTorch does
+    assert trained.grad is not None
