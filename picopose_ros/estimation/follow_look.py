@@ -40,7 +40,8 @@ class FollowSettings:
         recovery: seconds after its loss in which it is looked for where it was last.
         inside: least share of the object in the image. visible: share that other objects leave uncovered.
         reuse_deg: turn of the view up to which the last rendering is used again.
-        again: overlap (IoU) of the silhouettes before and after a step, below which a second step follows.
+        again: overlap (IoU) of the silhouettes before and after a step, below which a second step follows, as
+            it does after a step that leaves the object uncertain.
         furthest: longest step, in diagonals of the object. furthest_deg: the same of its turn.
         speed, spin: standard deviation of an unknown change of velocity, m/s and rad/s.
         widened: factor on the covariance of what is uncertain.
@@ -185,7 +186,8 @@ class _Looking:
             return one
         before, ahead = (self._K[:2, :2] @ (middle[:2] / middle[2]) for middle in middles)
         mask = _silhouette(target.view, target.pose.T_cam_obj, self._K, *self._size)
-        shift = find_shift(target.image, self._rgb, mask, ahead - before)
+        reach = 2.0 if target.verdict is Verdict.LOST else 1.0
+        shift = find_shift(target.image, self._rgb, mask, ahead - before, reach)
         if shift is None:
             return one
         T = one.T.copy()
@@ -240,9 +242,11 @@ class _Looking:
         return views  # type: ignore[return-value]
 
     def _needs_another(self, outcome: Outcome) -> bool:
-        """Whether a step went so far that its mask missed much of the object."""
+        """Whether a step went so far that its mask missed much of the object, or led to no good pose."""
         if outcome.step is None or outcome.view is None:
             return False
+        if self._settings.uncertain <= outcome.score < self._settings.followed:
+            return True
         before = _silhouette(outcome.view, outcome.attempt.T, self._K, *self._size)
         after = _silhouette(outcome.view, outcome.step.T_cam_obj, self._K, *self._size)
         return (before & after).sum() < self._settings.again * (before | after).sum()

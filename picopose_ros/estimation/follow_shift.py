@@ -13,9 +13,6 @@ import numpy as np
 _SIDE = 40
 """Pixels of the longer side of the small images of the object."""
 
-_REACH = 0.75
-"""How far it is looked for, in its longer side."""
-
 _LEAST = 0.6
 """Least correlation that is believed."""
 
@@ -30,13 +27,14 @@ _LEAST_PX = 64
 
 
 def find_shift(
-    before: np.ndarray, after: np.ndarray, mask: np.ndarray, ahead: np.ndarray
+    before: np.ndarray, after: np.ndarray, mask: np.ndarray, ahead: np.ndarray, reach: float = 1.0
 ) -> np.ndarray | None:
     """Where what a mask shows in one image has gone in the next one.
 
     Args:
         before, after: (H, W, 3) uint8. mask: (H, W) bool in the first.
         ahead: (2,) px by which it is predicted to move.
+        reach: how far from there it is looked for, in longer sides of the mask.
 
     Returns:
         (2,) px by which it moved further than that; None where that is not clear, or it didn't.
@@ -54,9 +52,9 @@ def find_shift(
     inside = (inside > 0.9).astype(np.float32)
     if inside.sum() < _LEAST_PX:
         return None
-    reach = int(np.ceil(_REACH * longest * scale))
-    x, y = np.round(np.array([left, top]) + ahead) - reach / scale
-    width, height = np.array(small.shape[::-1]) + 2 * reach
+    margin = int(np.ceil(reach * longest * scale))
+    x, y = np.round(np.array([left, top]) + ahead) - margin / scale
+    width, height = np.array(small.shape[::-1]) + 2 * margin
     around = _small(after, x, y, width / scale, height / scale, scale)
     if np.ptp(small[inside > 0]) < _LEAST_CONTRAST:
         return None

@@ -385,6 +385,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(path)
     estimator = load_estimator(args)
     names = sorted(estimator.banks)
+    options = {name: getattr(args, name) for name in ("seconds", "rate", "masks", "camera", "seed", "count")}
     found: list[Figures] = []
     strip = Strip({name: bank.spec for name, bank in estimator.banks.items()}) if args.strip else None
     with MeshRenderer(antialias=True) as renderer:
@@ -395,6 +396,7 @@ def run(args: argparse.Namespace) -> int:
                 show = strip.show if strip is not None and n == 0 else None
                 one = measure(estimator, mesh, film, shots, args.camera, args.masks, show)
                 found.append(one)
+                write_atomically(args.out, {"options": options, "films": [asdict(one) for one in found]})
                 if show is not None:
                     strip.next_film()
                 print(
@@ -405,7 +407,4 @@ def run(args: argparse.Namespace) -> int:
     if strip is not None:
         strip.write(args.strip)
     print(summary(found))
-    options = {name: getattr(args, name) for name in ("seconds", "rate", "masks", "camera", "seed", "count")}
-    report = {"options": options, "films": [asdict(one) for one in found]}
-    write_atomically(args.out, report)
     return 0
