@@ -43,7 +43,7 @@ STAMPS := $(VENV)/stamps/$(ROS)
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
-	$(wildcard msg/* srv/* launch/* config/* scripts/picopose* scripts/segmenter_node plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+	$(wildcard msg/* srv/* action/* launch/* config/* scripts/picopose* scripts/segmenter_node plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
 
 # The messages are generated while torch is being downloaded.
 MAKEFLAGS += --jobs=2

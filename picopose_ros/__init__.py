@@ -2,7 +2,7 @@
 
 from pkgutil import extend_path
 
-# The generated ROS messages live in a package of the same name (picopose_ros.msg, picopose_ros.srv),
+# The generated ROS messages live in a package of the same name (picopose_ros.msg, .srv, .action),
 # installed elsewhere on the path when this source tree is imported directly.
 __path__ = extend_path(__path__, __name__)
 

@@ -15,7 +15,7 @@ export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv" CMAKE_PREFIX_PATH="$venv
 mkdir "$workspace/src"
 # A copy of what belongs to the package, so that colcon neither walks the environments nor sees old builds.
 (cd "$root" && tar -cf - --exclude='__pycache__' \
-  CMakeLists.txt package.xml config launch msg srv picopose_ros plain_ros scripts) |
+  CMakeLists.txt package.xml action config launch msg srv picopose_ros plain_ros scripts) |
   (mkdir "$workspace/src/picopose_ros" && tar -xf - -C "$workspace/src/picopose_ros")
 
 cd "$workspace"

@@ -10,7 +10,7 @@ from ament_index_python.packages import get_package_prefix, get_package_share_di
 from rclpy.serialization import deserialize_message, serialize_message
 
 import picopose_ros
-from picopose_ros import msg, segmentation, srv
+from picopose_ros import action, msg, segmentation, srv
 
 INSTALL = Path(os.environ["COLCON_PREFIX_PATH"].split(os.pathsep)[0]).resolve()
 
@@ -25,7 +25,7 @@ def inside(path: str | Path) -> bool:
 
 
 def main() -> None:
-    for module in (picopose_ros, msg, segmentation, srv):
+    for module in (picopose_ros, msg, segmentation, srv, action):
         expect(inside(module.__file__), f"{module.__name__} comes from {module.__file__}, not from {INSTALL}")
 
     segment = msg.Segment(class_id="mug", encoding=msg.Segment.ENCODING_RLE, rle=[0, 4])
@@ -36,6 +36,10 @@ def main() -> None:
     request = srv.EstimatePoses.Request(segments=message, class_ids=["mug"], hypotheses=3)
     returned = deserialize_message(serialize_message(request), srv.EstimatePoses.Request)
     expect(returned == request, f"a request came back as {returned}")
+
+    goal = action.FindObject.Goal(class_id="mug", min_score=0.5, frames=3)
+    returned = deserialize_message(serialize_message(goal), action.FindObject.Goal)
+    expect(returned == goal, f"a goal came back as {returned}")
 
     share = Path(get_package_share_directory("picopose_ros"))
     expect(inside(share), f"the ament index names {share}")

@@ -36,6 +36,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "node.md"
 TODO = "(describe it here)"
 """The last cell of a row that nobody has described yet."""
 
+_ACTION = "/_action/"
+
 SAME_TOPICS = ("unit", "preset", "viewpoints", "precision", "image_reliability", "image_rectified")
 """Parameters with choices that change no topic; the node is configured for each value of the others."""
 
@@ -127,16 +129,22 @@ def topics_of(node: Node) -> set[Row]:
     ):
         for topic, types in of_node(name, namespace):
             short = _short(topic, name)
-            if not ROS_OWN.fullmatch(short):
+            if not ROS_OWN.fullmatch(short) and _ACTION not in short:
                 found.add((f"`{short}`", f"`{types[0].replace('/msg/', '/')}`", way))
     return found
 
 
 def services_of(node: Node) -> set[Row]:
-    """(service, type) of a node, without those that every managed node has."""
+    """(service or action, type) of a node, without those that every managed node has."""
     name = node.get_name()
     services = node.get_service_names_and_types_by_node(name, node.get_namespace())
     shortened = {(_short(service, name), types[0]) for service, types in services}
+    # An action is several services and topics; it is told of by the first of these.
+    shortened = {
+        (service.removesuffix(f"{_ACTION}send_goal"), kind.removesuffix("_SendGoal"))
+        for service, kind in shortened
+        if _ACTION not in service or service.endswith("send_goal")
+    }
     return {(f"`{short}`", f"`{kind}`") for short, kind in shortened if not ROS_OWN.fullmatch(short)}
 
 

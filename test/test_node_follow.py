@@ -1,5 +1,5 @@
-"""Following over DDS: images without masks are answered, late masks, loss, recovery, reset, a clock
-that is set back, and what a grasp planner hears of all that."""
+"""Following over DDS: images without masks are answered, late masks, loss, recovery, reset, what an instance
+is locked to, the action find_object, a clock that is set back, and what a grasp planner hears of all that."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import trimesh
+from action_msgs.msg import GoalStatus
+from builtin_interfaces.msg import Duration
 from node_harness import (
     HEIGHT,
     WIDTH,
@@ -27,11 +29,15 @@ from node_harness import (
     next_domain,
     running_node,
 )
+from picopose_ros.action import FindObject
+from picopose_ros.srv import Follow
+from rclpy.action import ActionClient
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import Trigger
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros.messages import bags
+from picopose_ros.node.conversions import stamp_to_nanoseconds
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
@@ -105,7 +111,7 @@ class Planner:
             return transforms, [m for _, _, m in reader.messages([f"{NAMESPACE}/detections"])]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def planner(node: NodeProcess, client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
     planner = Planner(tmp_path_factory.mktemp("planner"), node.domain)
     topic = f"{NAMESPACE}/detections"
@@ -120,7 +126,7 @@ def positions(answer: Detection3DArray) -> dict[str, float]:
     return {one.id: one.results[0].pose.pose.position.x for one in answer.detections}
 
 
-def test_images_without_masks_are_answered(client: Client, film: Film, planner: Planner) -> None:
+def test_images_without_masks_are_answered(client: Client, film: Film) -> None:
     first = client.ask(film.scene(-0.05, 0.08))
     names = list(positions(first))
     assert names == ["block_0", "block_1"]
@@ -183,6 +189,146 @@ def test_switched_off_images_without_masks_are_not_answered(client: Client, film
     assert client.set_parameter("follow", True) == (True, "")
 
 
+# The service follow.
+
+
+def lock(client: Client, name: str, follow: bool) -> tuple[bool, str]:
+    response = client.call("follow", Follow, Follow.Request(id=name, follow=follow))
+    return response.success, response.status
+
+
+def test_an_instance_is_locked_off_and_on(client: Client, film: Film) -> None:
+    scene = film.scene(-0.05, 0.08)
+    client.call("reset", Trigger)
+    client.ask(scene)
+    done, status = lock(client, "block_7", False)
+    assert not done and "block_0, block_1" in status
+    assert lock(client, "block_0", False) == (True, "block_0 is published with its masks only")
+    passed = client.send_frame(scene)
+    assert list(positions(client.detections(passed))) == ["block_1"]
+    # Its masks come after later images were answered: it has their image's stamp.
+    client.send_segments(scene.segments, passed)
+    client.wait_for(lambda: client.answers[passed] == 2, "the answer to late masks")
+    assert [t.child_frame_id for t in client.transforms(passed, 2)] == ["block_1", "block_0"]
+    values = client.diagnostic_values(lambda v: "block_0: " in v["following"], "what is followed")
+    assert "block_0: not followed since" in values["following"]
+    assert lock(client, "block_0", True) == (True, "block_0 is followed")
+    assert sorted(positions(client.detections(client.send_frame(scene)))) == ["block_0", "block_1"]
+
+    assert lock(client, "", False)[0] and lock(client, "block_1", True)[0]
+    assert list(positions(client.detections(client.send_frame(scene)))) == ["block_1"]
+    client.call("reset", Trigger)  # from the start everything is followed
+    client.ask(scene)
+    assert len(positions(client.detections(client.send_frame(scene)))) == 2
+
+
+# The action find_object.
+
+
+class Finder:
+    """A planner that waits for an object."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._action = ActionClient(client.node, FindObject, "picopose_node/find_object")
+        client.wait_for(self._action.server_is_ready, "the action find_object")
+
+    def ask(self, **goal: Any) -> Goal:
+        """Send a goal; waits until it is taken or refused."""
+        feedback: list[FindObject.Feedback] = []
+        future = self._action.send_goal_async(
+            FindObject.Goal(**goal), lambda message: feedback.append(message.feedback)
+        )
+        self._client.wait_for(future.done, "whether the goal is taken")
+        return Goal(self._client, future.result(), feedback)
+
+
+class Goal:
+    """A goal that was sent."""
+
+    def __init__(self, client: Client, handle: Any, feedback: list[FindObject.Feedback]) -> None:
+        self._client, self._handle, self.feedback = client, handle, feedback
+        self.accepted = handle.accepted
+        self._result = handle.get_result_async() if handle.accepted else None
+
+    @property
+    def done(self) -> bool:
+        return self._result.done()
+
+    def cancel(self) -> None:
+        future = self._handle.cancel_goal_async()
+        self._client.wait_for(future.done, "the answer to the cancellation")
+        assert future.result().goals_canceling
+
+    def result(self) -> tuple[int, FindObject.Result]:
+        """Status and result of the goal, waiting for them."""
+        self._client.wait_for(self._result.done, "the goal's result")
+        return self._result.result().status, self._result.result().result
+
+
+@pytest.fixture(scope="module")
+def finder(client: Client) -> Finder:
+    return Finder(client)
+
+
+def test_an_object_is_found_when_its_poses_agree(client: Client, film: Film, finder: Finder) -> None:
+    client.call("reset", Trigger)
+    goal = finder.ask(class_id="block", frames=3)
+    assert goal.accepted
+    client.ask(film.scene(0.0))
+    client.wait_for(lambda: goal.feedback, "feedback")
+    assert (goal.feedback[0].candidates, goal.feedback[0].agreeing) == (1, 1)
+    # Another place, so that the count begins anew; from there on the answers agree.
+    client.ask(film.scene(0.06))
+    for _ in range(20):
+        if goal.done:
+            break
+        client.detections(client.send_frame(film.scene(0.06)))
+    status, result = goal.result()
+    assert status == GoalStatus.STATUS_SUCCEEDED and result.success, result.status
+    assert max(message.agreeing for message in goal.feedback) <= 3
+    answer = client.detections(stamp_to_nanoseconds(result.header.stamp))
+    (detection,) = answer.detections
+    assert (result.header, result.id) == (answer.header, detection.id)
+    assert result.pose == detection.results[0].pose
+    assert result.score == pytest.approx(detection.results[0].hypothesis.score)
+    assert np.trace(np.reshape(result.pose.covariance, (6, 6))) > 0
+
+
+def test_a_search_is_cancelled(client: Client, film: Film, finder: Finder) -> None:
+    client.call("reset", Trigger)
+    goal = finder.ask(class_id="block", min_score=1.0)
+    client.ask(film.scene(0.0))
+    client.wait_for(lambda: goal.feedback, "feedback")
+    assert goal.feedback[-1].candidates == 1 and goal.feedback[-1].agreeing == 0
+    goal.cancel()
+    status, result = goal.result()
+    assert status == GoalStatus.STATUS_CANCELED and not result.success
+    assert result.status.startswith("cancelled: ") and "1 of 'block'" in result.status
+
+
+def test_a_search_ends_with_its_time(finder: Finder) -> None:
+    status, result = finder.ask(class_id="block", timeout=Duration(nanosec=200_000_000)).result()
+    assert status == GoalStatus.STATUS_ABORTED and not result.success
+    assert result.status.startswith("not found in 0.2 s: ") and "are there images" in result.status
+
+
+def test_goals_that_make_no_sense_are_refused(node: NodeProcess, finder: Finder) -> None:
+    for goal, reason in (
+        ({"class_id": "unicorn"}, "no object is called 'unicorn'"),
+        ({"class_id": "block", "min_score": 1.5}, "min_score is 1.5"),
+        ({"class_id": "block", "min_score": float("nan")}, "min_score is nan"),
+        ({"class_id": "block", "timeout": Duration(sec=-1)}, "timeout is -1 s"),
+    ):
+        assert not finder.ask(**goal).accepted
+        assert f"a goal is refused: {reason}" in node.log
+    both = [finder.ask(class_id="block", min_score=1.0) for _ in range(2)]
+    assert not finder.ask(class_id="block").accepted
+    for goal in both:
+        goal.cancel()
+        assert goal.result()[0] == GoalStatus.STATUS_CANCELED
+
+
 # The end of a recording that starts over, and what was heard.
 
 
@@ -221,7 +367,7 @@ def test_what_a_planner_hears_is_in_order(planner: Planner) -> None:
         for message in detections
         for one in message.detections
     }
-    assert len(said) == sum(len(message.detections) for message in detections) > 15
+    assert len(said) == sum(len(message.detections) for message in detections) > 20
     sent = [(bags.stamp_of(t), t.child_frame_id) for t in transforms]
     assert max(Counter(sent).values()) == 1 and set(sent) == set(said)
     for transform, key in zip(transforms, sent):

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 STOP_SECONDS = 15.0
 """How long a transition and the worker may take to finish what they have in hand."""
 
-THREADS = 6
-"""For the topics, a transition, the questions about it, either service, and what TF brings."""
+THREADS = 9
+"""For the topics, a transition, the questions about it, services, what TF brings, and two goals of
+find_object."""
 
 
 class StopRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rclpy.node import Node
@@ -51,13 +51,21 @@ class Answers:
         node: owner of the publishers; a lifecycle node.
         drops: what can't be published is recorded there.
         latencies: how long the overlay takes is recorded there.
+        watch: told of the poses of every answer, its header, and T_target_cam (4, 4) where that is known.
 
     Attributes:
         frames, poses: published since the node was started.
     """
 
-    def __init__(self, node: Node, drops: DropLog, latencies: Latencies) -> None:
+    def __init__(
+        self,
+        node: Node,
+        drops: DropLog,
+        latencies: Latencies,
+        watch: Callable[[Sequence[NamedPose], Header, np.ndarray | None], None],
+    ) -> None:
         self._node = node
+        self._watch = watch
         self._drops = drops
         self._latencies = latencies
         self._broadcaster = TransformBroadcaster(node) if TransformBroadcaster is not None else None
@@ -225,6 +233,7 @@ class Answers:
             self._drops.report(*([problem] if problem else []))
         self.frames += 1
         self.poses += len(poses)
+        self._watch(named, header, T_target_cam)
         return named, retired
 
     def camera_at(self, pair: Pair) -> np.ndarray | None:

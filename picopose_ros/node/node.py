@@ -21,6 +21,7 @@ from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message, memory_use
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.engine import Engine
+from picopose_ros.node.finding import Finding
 from picopose_ros.node.following import Following
 from picopose_ros.node.lifecycle import LoadingInterrupted, ManagedNode
 from picopose_ros.node.listener import Listener
@@ -38,7 +39,7 @@ from picopose_ros.node.services import estimate_poses, reload_objects
 from picopose_ros.node.subscriptions import OutputPublisher
 from picopose_ros.node.transforms import require_tf2_ros
 from picopose_ros.node.worker import NewestWorker
-from picopose_ros.srv import EstimatePoses
+from picopose_ros.srv import EstimatePoses, Follow
 
 HOUSEKEEPING_PERIOD = 0.1
 """Seconds between looks at what waits too long."""
@@ -76,7 +77,8 @@ class PicoPoseNode(ManagedNode):
         self._drops = DropLog(self.get_logger().warning)
         self._latencies = Latencies()
         self._listener = Listener(self, self._drops, self._latencies, self._submit, self._image_came)
-        self._answers = Answers(self, self._drops, self._latencies)
+        self._finding = Finding(self, self._class_of, lambda: self.state)
+        self._answers = Answers(self, self._drops, self._latencies, self._finding.see)
         self._following = Following(self._answers, self._listener, self._drops, self._latencies)
         self.add_pre_set_parameters_callback(as_declared)
         self.add_on_set_parameters_callback(lambda some: judge_parameters(some, self.state))
@@ -105,6 +107,7 @@ class PicoPoseNode(ManagedNode):
             ("~/estimate_poses", EstimatePoses, self._estimate_poses),
             ("~/reload_objects", Trigger, self._reload_objects),
             ("~/reset", Trigger, self._reset),
+            ("~/follow", Follow, self._follow),
         ):
             # Each on a thread of its own, because it waits for the worker.
             self.create_service(kind, name, callback, callback_group=MutuallyExclusiveCallbackGroup())
@@ -112,6 +115,7 @@ class PicoPoseNode(ManagedNode):
     def destroy_node(self) -> None:
         """Destroy the node."""
         logging.getLogger("picopose_ros").removeHandler(self._log_handler)
+        self._finding.close()
         super().destroy_node()
 
     # The life cycle.
@@ -207,7 +211,7 @@ class PicoPoseNode(ManagedNode):
 
     def at_work(self) -> bool:
         """Whether the worker or a service is still at work."""
-        return not self._finished or bool(self._serving)
+        return not self._finished or bool(self._serving) or self._finding.busy
 
     def _on_progress(self, class_id: str, done: int, total: int) -> None:
         """Told by the engine as each object is begun and done."""
@@ -371,6 +375,22 @@ class PicoPoseNode(ManagedNode):
         else:
             response.message = "nothing changed: the node was cleaned up or shut down meanwhile"
         return response
+
+    def _follow(self, request: Follow.Request, response: Follow.Response) -> Follow.Response:
+        """Follow an instance, or don't."""
+        if self._answers.names is None:
+            response.status = self._nothing_loaded()
+        elif not self._settings.follow:
+            response.status = "nothing is followed: set the parameter follow to true"
+        else:
+            response.success, response.status = self._following.choose(
+                request.id, request.follow, self._answers.names
+            )
+        return response
+
+    def _class_of(self, name: str) -> str | None:
+        engine = self._engine
+        return None if engine is None else engine.objects.class_of(name)
 
     def _use_objects(self, objects: ObjectSet) -> None:
         self._answers.use_objects(objects)
