@@ -23,6 +23,8 @@ from picopose_ros.node.parameters import NodeParameters
 
 _EARLY = 0.9
 """Share of the period of ``follow_rate`` after which the next image is taken: stamps are not even."""
+_REMEMBERED = 200
+"""Images of which it is known what was published: late masks add what is missing there."""
 
 
 class Following:
@@ -41,7 +43,7 @@ class Following:
         self._reader: FrameReader | None = None
         self._follower: Follower | None = None
         self._newest = 0  # stamp (ns) of the newest image that was answered
-        self._shown: set[str] = set()  # objects in that answer
+        self._published: dict[int, set[str]] = {}  # by stamp of the latest images, ns: objects
         self._epoch = 0
         # For other threads.
         self._lock = threading.Lock()
@@ -74,7 +76,7 @@ class Following:
     def forget(self) -> None:
         """Follow nothing any more, and take images of whatever time."""
         self.reset()
-        self._newest = 0
+        self._newest, self._published = 0, {}
 
     def reset(self) -> None:
         """Follow nothing until masks come; images stay answered in order."""
@@ -172,7 +174,8 @@ class Following:
         image = frame.rgb, frame.camera
         keys = follower.see_all(poses, stamp, p.instance_distance, self._answers.camera_at(pair), image)
         if not late:
-            self._newest, self._shown = pair.stamp, set(keys)
+            self._newest = pair.stamp
+            self._note(pair.stamp, keys)
             named, retired = self._answers.publish(poses, pair, p, keys, spent)
             self._remember(keys, named)
             self._answers.show(named, retired, frame, pair.image.header)
@@ -196,16 +199,15 @@ class Following:
     def _publish_late(self, keys: Sequence[str], pair: Pair, frame: Frame, p: NodeParameters) -> None:
         """Publish what the answer to the image of late masks, or to a later one, said nothing of: what is not
         followed, and what is new in the newest image."""
-        status, said = self._follower.status, set(self._followed(keys))
-        if pair.stamp == self._newest:
-            said &= self._shown
+        status, said = self._follower.status, set(self._published.get(pair.stamp, ()))
+        if pair.stamp < self._newest:
+            said |= set(self._followed(keys))
         late = [key for key in keys if key not in said and status[key].stamp == pair.stamp * 1e-9]
         if late:
             poses = [self._follower.pose_of(key) for key in late]
             named, retired = self._answers.publish(poses, pair, p, late)
             self._remember(late, named)
-            if pair.stamp == self._newest:
-                self._shown |= set(late)
+            self._note(pair.stamp, late)
             self._answers.show(named, retired, frame, pair.image.header)
 
     def _use_time(self, epoch: int) -> None:
@@ -248,12 +250,19 @@ class Following:
     def _publish(self, found: list[Followed], pair: Pair, frame: Frame, p: NodeParameters) -> None:
         shown = [one for one in found if one.verdict is not Verdict.LOST]
         keys = [one.key for one in shown]
-        self._newest, self._shown = pair.stamp, set(keys)
+        self._newest = pair.stamp
+        self._note(pair.stamp, keys)
         self.frames += 1
         named, retired = self._answers.publish([one.pose for one in shown], pair, p, keys)
         self._remember(keys, named)
         self._answers.show(named, retired, frame, pair.image.header)
         self._tell()
+
+    def _note(self, stamp: int, keys: Iterable[str]) -> None:
+        """These are published with an image's stamp (ns): once per image is enough."""
+        self._published.setdefault(stamp, set()).update(keys)
+        while len(self._published) > _REMEMBERED:
+            del self._published[next(iter(self._published))]
 
     def _remember(self, keys: list[str], named: list[NamedPose]) -> None:
         self._names |= {key: one.name for key, one in zip(keys, named)}
