@@ -43,7 +43,8 @@ def one_thread() -> Iterator[None]:
 def arguments(data: MiniBop, cache: Path, out: Path, *more: str) -> list[str]:
     """One hypothesis and few templates: it is not the poses that are tested here."""
     where = ["--root", str(data.root), "--dataset", data.name, "--detections", str(data.detections)]
-    cheap = ["--hypotheses", "1", "--viewpoints", "42", "--cache-dir", str(cache), "--out", str(out)]
+    cheap = ["--hypotheses", "1", "--viewpoints", "42", "--refinements", "0"]
+    cheap += ["--cache-dir", str(cache), "--out", str(out)]
     return ["eval", "bop", *where, *cheap, *more]
 
 

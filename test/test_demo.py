@@ -45,7 +45,7 @@ from picopose_ros.messages.segmentations import segments_from_message
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
 from picopose_ros.templates.renderer import MeshRenderer
 
-FRAMES = 6
+FRAMES = 4
 """Of the whole path of the camera: objects move as fast as ten times in `make demo`."""
 
 
