@@ -24,13 +24,12 @@ from scipy.stats import chi2
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.refine_step import Look, refine_step
-from picopose_ros.evaluation.metrics import ADD_SHARES
+from picopose_ros.evaluation.metrics import ADD_SHARES, pose_errors
 from picopose_ros.evaluation.report import table
 from picopose_ros.evaluation.scenes import Scene, SceneInstance, make_scenes
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.depth import reliable_depth
 from picopose_ros.geometry.least_squares import moved
-from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model import load_model
 from picopose_ros.synthetic.disturbances import degrade_mask
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
@@ -138,11 +137,10 @@ def main() -> None:
             measured = sensed(scene.depth, rng)
 
             def errors(T: np.ndarray, truth: np.ndarray = truth, mesh: ObjectMesh = mesh) -> tuple:
-                off = mesh.vertices @ (T - truth)[:3, :3].T + (T - truth)[:3, 3]
-                add = float(np.linalg.norm(off, axis=1).mean() / mesh.diameter)
-                angle = rotation_angle_deg(T[:3, :3], truth[:3, :3])
+                off = pose_errors(mesh.vertices, mesh.diameter, T, truth)
                 centre = np.append(mesh.centre, 1.0)
-                return add, angle, abs(float((T @ centre)[2] / (truth @ centre)[2]) - 1)
+                depth = float((T @ centre)[2] / (truth @ centre)[2])
+                return off.add / off.diameter, off.rotation_deg, abs(depth - 1)
 
             found["", "as they start"].append(errors(start))
             for masks, name in runs:

@@ -91,7 +91,10 @@ def _message(
 
 @pytest.fixture
 def buffer() -> Any:
-    return pytest.importorskip("picopose_ros.node.depth").DepthBuffer("/depth")
+    pytest.importorskip("rclpy")  # everything else here is tested without ROS
+    from picopose_ros.node.depth import DepthBuffer
+
+    return DepthBuffer("/depth")
 
 
 def test_the_depth_image_with_the_images_stamp_is_found(buffer: Any) -> None:

@@ -34,7 +34,6 @@ from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnost
 from picopose_ros.node.drops import DropCount
 from picopose_ros.node.memory import give_back
 from picopose_ros.node.objects import MeshFolder, describe_change
-from picopose_ros.node.parameters import NodeParameters
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown
 from picopose_ros.templates.meshes import ObjectSpec, Symmetries
 
@@ -269,9 +268,8 @@ def test_templates_are_lit_as_the_parameter_says(assets: dict[str, Path], tmp_pa
     model = load_model("tiny", assets["weights"])
     lit = MeshFolder(tmp_path, "m", 42, tmp_path / "cache", "headlight").load(model, "cpu", lambda *_: None)
     assert lit.banks["block"].shading == "headlight"
-    asked = NodeParameters.template_shading.fget
-    assert asked(types.SimpleNamespace(shading="preset")) is None  # the network's own
-    assert asked(types.SimpleNamespace(shading="headlight")) == "headlight"
+    usual = MeshFolder(tmp_path, "m", 42, tmp_path / "cache").load(model, "cpu", lambda *_: None)
+    assert usual.banks["block"].shading == model.config.template_shading
 
 
 def test_a_second_look_takes_only_what_has_changed(assets: dict[str, Path], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import pickle
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from rclpy.parameter import Parameter
 
 from picopose_ros.errors import ConfigError
 from picopose_ros.model import PicoPose, preset, save_model
+from picopose_ros.node import transforms
 from picopose_ros.node.parameters import (
     PARAMETERS,
     Changeable,
@@ -201,8 +201,10 @@ def test_configurations_that_can_not_work_are_refused(
     assert says in refusal(**{**assets, **parameters})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tf2_ros") is not None, reason="tf2_ros is installed here")
-def test_a_target_frame_without_tf2_ros_is_refused(assets: dict[str, Path]) -> None:
+def test_a_target_frame_without_tf2_ros_is_refused(
+    assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforms, "tf2_ros", None)  # as where it isn't installed
     reason = refusal(**assets, target_frame="base_link")
     assert "target_frame is 'base_link', but the Python package tf2_ros isn't installed here" in reason
 

@@ -7,8 +7,8 @@ from picopose_ros.instances.symmetries import CANONICAL, SymmetryGroup
 __all__ = [
     "CANONICAL",
     "InstanceNamer",
+    "NamedPose",
     "PoseFilter",
     "SmoothingSettings",
     "SymmetryGroup",
-    "NamedPose",
 ]

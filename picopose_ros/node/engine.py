@@ -58,7 +58,7 @@ class Engine:
             parameters.unit,
             parameters.viewpoints,
             parameters.cache_dir,
-            parameters.template_shading,
+            parameters.shading,
         )
         self.device = resolve_device(parameters.device)
         self.objects = ObjectSet()

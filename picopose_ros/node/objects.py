@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -53,14 +54,14 @@ class MeshFolder:
     Attributes:
         path: mesh directory. unit: of meshes that nothing else says it of.
         viewpoints: templates per object. cache_dir: of the banks; None for the user's cache folder.
-        shading: how templates are lit; None: as the preset has it.
+        shading: how templates are lit.
     """
 
     path: Path
     unit: str
     viewpoints: int
     cache_dir: Path | None
-    shading: Shading | None = None
+    shading: Shading | Literal["preset"] = "preset"
 
     def load(
         self, model: PicoPose, device: str | torch.device, tell: Progress, known: ObjectSet | None = None
@@ -93,7 +94,7 @@ class MeshFolder:
                         self.cache_dir,
                         device,
                         fingerprint=fingerprint,
-                        shading=self.shading,
+                        shading=None if self.shading == "preset" else self.shading,
                     )
                     for warning in bank.warnings:
                         _log.warning("%s", warning)

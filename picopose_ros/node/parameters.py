@@ -368,11 +368,6 @@ class NodeParameters:
                 "objects stand still) and refinements above 0"
             )
 
-    @property
-    def template_shading(self) -> Shading | None:
-        """How templates are lit; None: as the preset has it."""
-        return None if self.shading == "preset" else self.shading
-
     def text(self) -> str:
         """All values on one line each, those that are not the default marked."""
         lines = []

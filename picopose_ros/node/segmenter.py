@@ -131,7 +131,7 @@ class SegmenterNode(ManagedNode):
             propose = proposal_source(p.segmenter_proposals, p.source_options(device))
             model = load_model(p.preset, p.weights, torch.device(device))
             encode_by(model, torch.device(device), p.backend, p.onnx_dir, p.precision)
-            folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir, p.template_shading)
+            folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir, p.shading)
             self._objects = folder.load(model, device, self._on_progress)
             search = p.segmenter_proposals == "builtin"
             self._segmenter = Segmenter(model, self._objects.banks, propose, search, p.matching, device)

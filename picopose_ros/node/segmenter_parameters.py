@@ -104,11 +104,6 @@ class SegmenterParameters:
     segmenter_depth: bool
 
     @property
-    def template_shading(self) -> Shading | None:
-        """How templates are lit; None: as the preset has it."""
-        return None if self.shading == "preset" else self.shading
-
-    @property
     def matching(self) -> MatchSettings:
         """How proposals are judged."""
         return MatchSettings(min_score=self.segmenter_min_score, per_class=self.segmenter_per_class)

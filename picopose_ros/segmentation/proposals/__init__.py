@@ -63,7 +63,9 @@ class SourceOptions:
     device: str = "cpu"
 
 
-_SAME = 0.85  # overlap (IoU) from which on two proposals are one
+SAME = 0.85
+"""Overlap (IoU) from which on two proposals are one."""
+
 _COARSE = 40  # samples of the shorter side that it is looked at in
 
 Propose = Callable[[Picture], Sequence[np.ndarray]]
@@ -141,7 +143,7 @@ def without_doubles(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
         step = max(min(mask.shape) // _COARSE, 1)
         coarse = mask[::step, ::step]
         common = (np.count_nonzero(coarse & one) / max(np.count_nonzero(coarse | one), 1) for one in seen)
-        if not any(share > _SAME for share in common):
+        if not any(share > SAME for share in common):
             kept.append(mask)
             seen.append(coarse)
     return kept

@@ -15,7 +15,7 @@ from math import dist
 import cv2
 import numpy as np
 
-from picopose_ros.segmentation.proposals import Picture
+from picopose_ros.segmentation.proposals import SAME, Picture
 
 SIDE = 320
 """Longer side (px) of the picture that is looked at."""
@@ -32,7 +32,6 @@ MOST = 6
 SIZES = 3
 """Classes of size that share them, each some seven times as large as the one before."""
 
-_SAME = 0.85  # proposals that overlap this much (IoU) are one
 _COLOUR_WEIGHTS = (1.0, 0.35)  # of the difference in colour, by order of merging
 _EDGE_WEIGHTS = (0.3, 1.0)
 _DEPTH_STEP = 0.02  # of the distance: a step this large counts as much as an edge of 50 grey values
@@ -216,7 +215,7 @@ def _choose(members: np.ndarray, worth: np.ndarray, regions: Cells) -> np.ndarra
     order = np.argsort(-worth, kind="stable")
     members, share = members[order].astype(np.float32), share[order]
     common = (members * (regions.area / regions.area.sum()).astype(np.float32)) @ members.T
-    same = common > _SAME * (share[:, None] + share[None] - common)
+    same = common > SAME * (share[:, None] + share[None] - common)
     size = (np.log2(LARGEST / share) * SIZES / np.log2(LARGEST / SMALLEST)).astype(int).clip(0, SIZES - 1)
     kept: list[int] = []
     for row in range(len(members)):
