@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,8 +44,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> ObjectMesh:
 
 
 @pytest.fixture(scope="module")
-def renderer() -> MeshRenderer:
-    return MeshRenderer(antialias=True)
+def renderer() -> Iterator[MeshRenderer]:
+    with MeshRenderer(antialias=True) as renderer:
+        yield renderer
 
 
 class Oracle:

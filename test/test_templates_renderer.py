@@ -256,6 +256,30 @@ def test_meshes_that_are_gone_are_not_mistaken_for_new_ones(renderer: MeshRender
         gc.collect()
 
 
+def test_a_renderer_that_is_collected_while_another_draws_takes_nothing_away(
+    renderer: MeshRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = renderer.render([coloured_box()], pose((0, 0, 0.4)), K, WIDTH, HEIGHT)
+    lost = MeshRenderer()
+    lost.render([coloured_box()], pose((0, 0, 0.4)), K, WIDTH, HEIGHT)
+    freed: list[bool] = []
+    delete = lost._context.delete_context
+    lost._context.delete_context = lambda: (delete(), freed.append(True))
+    lost.itself = lost  # only the collector finds it
+    del lost
+    draw = renderer._renderer.render
+
+    def collect_first(*arguments: object, **named: object) -> object:
+        gc.collect()
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(renderer._renderer, "render", collect_first)
+    box = coloured_box()  # has yet to be uploaded
+    view = renderer.render([box], pose((0, 0, 0.4)), K, WIDTH, HEIGHT)
+    assert (view.rgb == expected.rgb).all() and (view.depth == expected.depth).all()
+    assert freed == [True]
+
+
 def test_antialiasing_changes_colours_on_edges_and_no_depth(renderer: MeshRenderer) -> None:
     box, T_cam_obj = coloured_box(), pose((0, 0, 0.4))
     plain = renderer.render([box], T_cam_obj, K, WIDTH, HEIGHT)

@@ -164,6 +164,9 @@ def _make_egl_context() -> Any:
             EGL.eglMakeCurrent(self._egl_display, EGL.EGL_NO_SURFACE, EGL.EGL_NO_SURFACE, EGL.EGL_NO_CONTEXT)
             EGL.eglDestroyContext(self._egl_display, self._egl_context)
 
+        def __del__(self) -> None:
+            """pyrender's would take away whichever context is current; who made this one deletes it."""
+
     device = egl.get_device_by_index(int(os.environ.get("EGL_DEVICE_ID", "0")))
     context = EGLContext(16, 16, device=device)
     context.init_context()
@@ -254,6 +257,9 @@ def make_renderer(antialias: bool) -> Any:
         def delete(self) -> None:
             self._headlight.clear()
             super().delete()
+
+        def __del__(self) -> None:
+            """pyrender's would delete names of whichever context is current; who made this one deletes it."""
 
         def _sorted_mesh_nodes(self, scene: Any) -> list[Any]:
             # pyrender keeps nodes in a set: where two surfaces are equally near, addresses would decide.

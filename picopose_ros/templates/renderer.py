@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -87,10 +87,14 @@ class MeshRenderer:
 
     def __init__(self, antialias: bool = False, shading: Shading = "flat") -> None:
         self.shading = _checked_shading(shading)
-        with _SETTING_UP:
+        with _SETTING_UP, _uninterrupted():
             self._pyrender, self.backend = opengl.import_pyrender()
             self._context = opengl.make_context(self.backend)
-            self._renderer = opengl.make_renderer(antialias)
+            try:
+                self._renderer = opengl.make_renderer(antialias)
+            except BaseException:
+                self._context.delete_context()
+                raise
         self._gl_error: type[Exception] = opengl.gl_error_type()
         self._camera = opengl.make_camera()
         self._scene = self._pyrender.Scene(bg_color=(0.0, 0.0, 0.0, 1.0), ambient_light=(1.0, 1.0, 1.0))
@@ -104,8 +108,10 @@ class MeshRenderer:
         self.close()
 
     def __del__(self) -> None:
-        # Before pyrender's own destructor, which would delete GL names in whichever context is current then.
         with contextlib.suppress(Exception):
+            if _busy.depth and self._context is not None:
+                _busy.left.append((self._context, self._renderer, self._uploads))
+                self._context = None
             self.close()
 
     def render(
@@ -147,8 +153,6 @@ class MeshRenderer:
         K = _checked(K, (3, 3), "K")
         if K[0, 0] <= 0 or K[1, 1] <= 0 or width < 1 or height < 1:
             raise RenderError(f"sizes must be positive: {width}x{height} pixels, K = {K.tolist()}")
-        self._context.make_current()
-
         nearest, farthest = np.inf, 0.0
         drawn: dict[int, int] = {}
         order = 0
@@ -184,9 +188,11 @@ class MeshRenderer:
         self._renderer.viewport_width, self._renderer.viewport_height = width, height
         flags = self._pyrender.RenderFlags
         try:
-            rgb, depth = self._renderer.render(
-                self._scene, flags.FLAT | flags.SKIP_CULL_FACES | flags.OFFSCREEN
-            )
+            with _uninterrupted():
+                self._context.make_current()
+                rgb, depth = self._renderer.render(
+                    self._scene, flags.FLAT | flags.SKIP_CULL_FACES | flags.OFFSCREEN
+                )
         except self._gl_error as error:
             raise RenderError(
                 f"OpenGL ({self.backend}) cannot render {width}x{height} pixels: {error}"
@@ -203,11 +209,8 @@ class MeshRenderer:
     def close(self) -> None:
         """Free the OpenGL context and everything in it. Closing twice is allowed."""
         if self._context is not None:
-            self._context.make_current()
-            self._renderer.delete()
-            self._uploads.clear()
-            self._context.delete_context()
-            self._context = None
+            context, self._context = self._context, None
+            _free(context, self._renderer, self._uploads)
 
     def _upload(self, part: trimesh.Trimesh) -> _Upload:
         upload = self._uploads.get(id(part))
@@ -217,6 +220,38 @@ class MeshRenderer:
         if upload is None:
             upload = self._uploads[id(part)] = _Upload(part, self._pyrender)
         return upload
+
+
+class _Busy(threading.local):
+    """What a thread is doing with OpenGL: how deep it is in it, and what was left to be freed after that."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.left: list[tuple[Any, Any, dict[int, _Upload]]] = []
+
+
+_busy = _Busy()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """No renderer that is garbage collected meanwhile takes the thread's context away: it is freed after."""
+    _busy.depth += 1
+    try:
+        yield
+    finally:
+        _busy.depth -= 1
+        while _busy.left and not _busy.depth:
+            with contextlib.suppress(Exception):  # as in a destructor
+                _free(*_busy.left.pop())
+
+
+def _free(context: Any, renderer: Any, uploads: dict[int, _Upload]) -> None:
+    with _uninterrupted():
+        context.make_current()
+        renderer.delete()
+        uploads.clear()
+        context.delete_context()
 
 
 class _Upload:
