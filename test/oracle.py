@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,9 +72,9 @@ class OracleModel(nn.Module):
         numbers = [float(shown.index(key)) if key in shown else -1.0 for key in _keys(rgb)]
         return Features((rgb,), torch.tensor(numbers)[:, None, None].expand(-1, 4, 256))
 
-    def descriptors(self, rgb: Tensor) -> Tensor:
-        """Those of :meth:`encode` alone."""
-        return self.encode(rgb).descriptors
+    def describer(self) -> Callable[[Tensor], Tensor]:
+        """The descriptors of :meth:`encode` alone."""
+        return lambda rgb: self.encode(rgb).descriptors
 
     def fast(self, schedule: Schedule | None = None) -> OracleModel:
         """It knows no faster way."""

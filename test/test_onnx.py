@@ -129,11 +129,11 @@ def test_banks_of_both_backends_agree(world, exported):
     crops = banks["brick"].crops(range(3))
     try:
         encode_by(model, torch.device("cpu"), "onnxruntime", str(exported))
-        by_onnx = model.descriptors(crops)
+        by_onnx = model.describer()(crops)
     finally:
         encode_by(model, torch.device("cpu"))
     with torch.inference_mode():
-        torch.testing.assert_close(by_onnx, model.descriptors(crops), atol=1e-4, rtol=0)
+        torch.testing.assert_close(by_onnx, model.describer()(crops), atol=1e-4, rtol=0)
     assert model.encoder is None
 
 

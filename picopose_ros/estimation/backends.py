@@ -46,7 +46,7 @@ def encode_by(
     onnx_dir: str = "",
     precision: Precision = "auto",
 ) -> None:
-    """From now on onboard with this backend (`PicoPose.descriptors`); arguments as of `make_stages`.
+    """From now on onboard with this backend (`PicoPose.describer`); arguments as of `make_stages`.
 
     Raises:
         ConfigError, ExportError: as `make_stages`.

@@ -23,6 +23,7 @@ from picopose_ros.model.backbone import make_backbone
 from picopose_ros.model.config import ModelConfig
 from picopose_ros.model.fast import FastStages, Schedule
 from picopose_ros.model.features import Features
+from picopose_ros.model.folding import fold_norms
 from picopose_ros.model.matching import match_scores_masked, match_scores_released, patch_mask
 from picopose_ros.model.offsets import OffsetLevel, OffsetRegressor
 from picopose_ros.model.pyramid import make_pyramid
@@ -64,7 +65,7 @@ class PicoPose(nn.Module):
         self.config = config
         # Slope and offset of the confidence's `Calibration`; measured, and kept with the weights.
         self.calibration: tuple[float, float] = (1.0, 0.0)
-        # What computes :meth:`descriptors` in place of this module, for who onboards by another backend.
+        # What :meth:`describer` gives in place of this module, for who onboards by another backend.
         self.encoder: Callable[[Tensor], Tensor] | None = None
         tap_dims = config.backbone.tap_dims
         self.backbone = make_backbone(config.backbone)
@@ -89,9 +90,13 @@ class PicoPose(nn.Module):
         """Encode normalised crops (B, 3, 224, 224), channels in BGR order."""
         return self.described(self.backbone(rgb))
 
-    def descriptors(self, rgb: Tensor) -> Tensor:
-        """What a bank keeps of normalised crops (B, 3, 224, 224): (B, C, 256) unit vectors."""
-        return self.encode(rgb).descriptors if self.encoder is None else self.encoder(rgb)
+    def describer(self) -> Callable[[Tensor], Tensor]:
+        """What makes (B, C, 256) unit vectors of normalised crops (B, 3, 224, 224), with the weights of now;
+        banks keep those of templates."""
+        if self.encoder is not None:
+            return self.encoder
+        backbone = fold_norms(self.backbone, packed=True)
+        return lambda rgb: self.described(backbone(rgb)).descriptors
 
     def described(self, taps: tuple[Tensor, ...]) -> Features:
         """The features of crops whose taps are known."""

@@ -141,9 +141,7 @@ class TemplateMatcher:
         self.settings = settings or MatchSettings()
         self.device = torch.device(device)
         self._model = model.to(self.device).eval()
-        stages = model.fast()
-        # A backend that banks are made with encodes proposals, too.
-        self._encode = model.descriptors if model.encoder else lambda crops: stages.encode(crops).descriptors
+        self._encode = self._model.describer()
         self._objects = {name: self._object(bank) for name, bank in banks.items()}
 
     @property

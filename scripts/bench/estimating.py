@@ -346,10 +346,11 @@ def _onboarding_seconds(
             for name in names:
                 encode_by(model, device, name, "", precision)
                 with torch.inference_mode():
-                    model.descriptors(crops[:ENCODE_BATCH])
+                    describe = model.describer()
+                    describe(crops[:ENCODE_BATCH])
                     begin = time.perf_counter()
                     for part in crops.split(ENCODE_BATCH):
-                        model.descriptors(part).half().cpu()
+                        describe(part).half().cpu()
                     seconds[name].append(time.perf_counter() - begin)
     finally:
         encode_by(model, device)

@@ -82,6 +82,7 @@ def build_bank(
 
     crops: list[TemplateCrop] = []
     descriptors: list[np.ndarray] = []
+    describe = model.describer()
     poses = T_cam_ctr @ T_ctr_obj
     with (
         _bar(mesh.spec.class_id, count, progress) as bar,
@@ -91,7 +92,7 @@ def build_bank(
             if stop is not None and stop.is_set():
                 raise Stopped(mesh.spec.class_id)
             with _ENCODING, torch.inference_mode():
-                descriptors.append(model.descriptors(batch.to(device)).half().cpu().numpy())
+                descriptors.append(describe(batch.to(device)).half().cpu().numpy())
             crops += part
             bar.update(len(part))
 
