@@ -122,7 +122,8 @@ def test_rendering_beside_the_network_changes_nothing(
     assert np.array_equal(bank.points_consistent, np.stack([crop.points_consistent for crop in crops]))
     with torch.inference_mode():
         parts = torch.from_numpy(np.stack(inputs)).split(bank_module.ENCODE_BATCH)
-        descriptors = torch.cat([model.encode(part).descriptors.half() for part in parts])
+        describe = model.describer()
+        descriptors = torch.cat([describe(part).half() for part in parts])
     assert np.array_equal(bank.descriptors, descriptors.numpy())
 
 
