@@ -84,6 +84,15 @@ def test_a_tracked_id_names_the_instance_wherever_it_is() -> None:
     assert names(namer.update(3.1, [pose("cup", 5.0)], tracked_ids=["12"])) == ["cup_1"]
 
 
+def test_two_tracked_ids_of_one_image_are_two_instances_though_they_are_told_one_by_one() -> None:
+    """As with masks that come after their image was answered: no name is given twice for one image."""
+    namer = InstanceNamer()
+    assert names(namer.update(1.0, [pose("cup")], tracked_ids=["a"])) == ["cup_0"]
+    assert names(namer.update(1.0, [pose("cup", 0.02)], tracked_ids=["b"])) == ["cup_1"]
+    assert names(namer.update(1.0, [pose("cup", 0.02)], tracked_ids=["b"])) == ["cup_1"]
+    assert names(namer.update(1.1, [pose("cup", 0.02)], tracked_ids=["c"])) == ["cup_1"]
+
+
 def test_new_instances_are_numbered_by_class_in_order_of_input() -> None:
     named = InstanceNamer().update(0.0, [pose("cup"), pose("box", 0.2), pose("cup", 0.4)])
     assert names(named) == ["cup_0", "box_0", "cup_1"]

@@ -180,6 +180,20 @@ def test_reset_forgets_all(client: Client, film: Film) -> None:
     assert not client.answered(silent)
 
 
+def test_masks_of_an_image_from_before_a_reset_bring_nothing_back(client: Client, film: Film) -> None:
+    scene = film.scene(0.0)
+    client.ask(scene)
+    late = client.send_frame(scene)
+    client.detections(late)
+    client.call("reset", Trigger)
+    dropped = client.count("dropped_cleared")
+    client.send_segments(scene.segments, late)
+    client.diagnostic_values(lambda v: int(v["dropped_cleared"]) > dropped, "that the masks were dropped")
+    silent = client.send_frame(scene)
+    client.ask(scene)
+    assert not client.answered(silent) and client.answers[late] == 1
+
+
 def test_switched_off_images_without_masks_are_not_answered(client: Client, film: Film) -> None:
     client.ask(film.scene(0.0))
     assert client.set_parameter("follow", False) == (True, "")

@@ -232,7 +232,7 @@ class InstanceNamer:
             own = [row for row in rows if poses[row].class_id == class_id and row not in found]
             those = [track for track in tracks if track.class_id == class_id and track.name not in paired]
             if own and those:
-                found |= self._associate_class(stamp, poses, own, those, T_fixed_cam)
+                found |= self._associate_class(stamp, poses, own, those, T_fixed_cam, ids)
         return found
 
     def _associate_class(
@@ -242,6 +242,7 @@ class InstanceNamer:
         rows: Sequence[int],
         tracks: Sequence[_Track],
         T_fixed_cam: np.ndarray | None,
+        ids: Sequence[str],
     ) -> dict[int, _Track]:
         found: dict[int, _Track] = {}
         shape = len(rows), len(tracks)
@@ -250,11 +251,15 @@ class InstanceNamer:
         for j, track in enumerate(tracks):
             seen = _in_this_camera(track, T_fixed_cam)
             before = _point(seen, track.centre)
+            # Named in an earlier call for the same image: the detector tells the two apart.
+            told_apart = track.stamp == stamp and track.tracked_id != ""
             usual[:, j] = _STILL + _SPEED * abs(stamp - track.stamp)
             for i, row in enumerate(rows):
                 T = group.nearest(poses[row].T_cam_obj, seen[:3, :3])
                 distance[i, j] = _distance(_point(T, poses[row].bbox_centre), before)
                 rotation[i, j] = rotation_angle_deg(T[:3, :3], seen[:3, :3])
+                if told_apart and ids[row] not in ("", track.tracked_id):
+                    distance[i, j] = np.inf
         farthest = max(self.max_distance, _STILL + _SPEED * self._interval)
         turned = _ROTATION_WEIGHT * np.minimum(rotation / self.max_rotation_deg, 1.0) ** 2
         free_rows, free_tracks = np.arange(shape[0]), np.arange(shape[1])

@@ -13,12 +13,13 @@ from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.instances import NamedPose
 from picopose_ros.messages.frames import Frame, FrameReader, FrameRefused
+from picopose_ros.messages.reasons import DropReason
 from picopose_ros.node.answers import Answers
 from picopose_ros.node.diagnostics import Latencies
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.engine import Engine
 from picopose_ros.node.listener import Listener
-from picopose_ros.node.pairing import Pair
+from picopose_ros.node.pairing import Pair, format_stamp
 from picopose_ros.node.parameters import NodeParameters
 
 _EARLY = 0.9
@@ -43,6 +44,7 @@ class Following:
         self._reader: FrameReader | None = None
         self._follower: Follower | None = None
         self._newest = 0  # stamp (ns) of the newest image that was answered
+        self._reset_at = 0  # stamp (ns) of the newest image that had come at the last reset
         self._published: dict[int, set[str]] = {}  # by stamp of the latest images, ns: objects
         self._epoch = 0
         # For other threads.
@@ -75,11 +77,16 @@ class Following:
 
     def forget(self) -> None:
         """Follow nothing any more, and take images of whatever time."""
-        self.reset()
-        self._newest, self._published = 0, {}
+        self._follow_nothing()
+        self._newest, self._reset_at, self._published = 0, 0, {}
 
     def reset(self) -> None:
-        """Follow nothing until masks come; images stay answered in order."""
+        """Follow nothing until masks of a later image come; images stay answered in order."""
+        self._follow_nothing()
+        images = self._listener.images_after(self._newest)
+        self._reset_at = images[-1].stamp if images else self._newest
+
+    def _follow_nothing(self) -> None:
         if self._follower is not None:
             self._follower.forget()
         with self._lock:
@@ -159,7 +166,8 @@ class Following:
     ) -> None:
         """Take the poses that a segmentation gave, and carry them to the newest image.
 
-        They are published for their own image if no later one was answered yet.
+        They are published for their own image if no later one was answered yet. Masks of an image that had come
+        before a reset are dropped: they would bring back what was to be forgotten.
 
         Args:
             poses: of the image. pair, frame: the image. spent: seconds that the estimate took.
@@ -167,6 +175,10 @@ class Following:
         if pair.epoch < self._epoch:
             return
         self._use_time(pair.epoch)
+        if pair.stamp <= self._reset_at:
+            said = f"segmentation {format_stamp(pair.stamp)} is of an image that had come before the reset"
+            self._drops.record(DropReason.CLEARED, said)
+            return
         self._use_objects()
         self._forget_unseen(pair.stamp * 1e-9 - p.instance_timeout)
         stamp, follower = pair.stamp * 1e-9, self._follower

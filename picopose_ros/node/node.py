@@ -355,7 +355,7 @@ class PicoPoseNode(ManagedNode):
         return response
 
     def _reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        """Forget all instances: names begin anew, nothing is followed until masks come."""
+        """Forget all instances: names begin anew, nothing is followed until masks of a later image come."""
         names = self._answers.names
         if self._worker is None or names is None:
             response.message = self._nothing_loaded()
