@@ -166,8 +166,8 @@ class Following:
     ) -> None:
         """Take the poses that a segmentation gave, and carry them to the newest image.
 
-        They are published for their own image if no later one was answered yet. Masks of an image that had come
-        before a reset are dropped: they would bring back what was to be forgotten.
+        They are published for their own image if no later one was answered yet. Masks of an image that had
+        come before a reset are dropped: they would bring back what was to be forgotten.
 
         Args:
             poses: of the image. pair, frame: the image. spent: seconds that the estimate took.
