@@ -80,6 +80,18 @@ class Following:
         self._follow_nothing()
         self._newest, self._reset_at, self._published = 0, 0, {}
 
+    def leave(self, pair: Pair) -> bool:
+        """Follow nothing any more; whether the masks of an image are still to be answered.
+
+        Those of an image up to the newest that was followed are not: transforms would go back in time.
+        """
+        if pair.epoch == self._epoch and pair.stamp <= self._newest:
+            said = "of an image that was followed before the parameter follow was set to false"
+            self._drops.record(DropReason.CLEARED, f"segmentation {format_stamp(pair.stamp)} is {said}")
+            return False
+        self.forget()
+        return True
+
     def reset(self) -> None:
         """Follow nothing until masks of a later image come; images stay answered in order."""
         self._follow_nothing()

@@ -425,8 +425,9 @@ class PicoPoseNode(ManagedNode):
         self._drops.report(*judged.dropped)
         if p.follow:
             self._following.take(judged.poses, pair, frame, p, after - before)
+        elif not self._following.leave(pair):
+            return
         else:
-            self._following.forget()
             tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
             answer = self._answers.publish(judged.poses, pair, p, tracked_ids, after - before)
         done = time.monotonic()
