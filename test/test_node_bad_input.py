@@ -23,6 +23,7 @@ from node_harness import (
 )
 from picopose_ros.msg import SegmentArray
 from sensor_msgs.msg import CameraInfo, Image
+from vision_msgs.msg import Detection3DArray
 
 from picopose_ros.segmentation import Segment
 
@@ -177,6 +178,21 @@ def settled(values: dict[str, str]) -> bool:
     return received == pairs + total(values, UNPAIRED) and pairs == answered + total(values, REJECTED)
 
 
+def answered(client: Client, scene: Scene) -> Detection3DArray:
+    """The answer to a good frame after a burst of bad ones.
+
+    On a busy machine the burst delays the frame's camera_info for longer than the node waits for it; then the
+    frame is counted like those before it, and the next one is answered.
+    """
+    for _ in range(5):
+        stamp = client.send_frame(scene)
+        client.send_segments(scene.segments, stamp)
+        if answer := client.detections_within(stamp, 20.0):
+            return answer
+        client.diagnostic_values(settled, "the good frame to be counted")
+    raise AssertionError("no good frame is answered")
+
+
 @pytest.mark.parametrize("reason", BAD)
 def test_it_is_counted_logged_once_and_the_next_good_frame_is_answered(
     client: Client, node: NodeProcess, scene: Scene, reason: str
@@ -186,8 +202,7 @@ def test_it_is_counted_logged_once_and_the_next_good_frame_is_answered(
     for sender in BAD[reason]:
         for _ in range(REPEATS):
             sender(client, scene)
-    good = client.ask(scene)
-    assert [detection.id for detection in good.detections] == ["block_0"]
+    assert [detection.id for detection in answered(client, scene).detections] == ["block_0"]
 
     # All of a burst but the newest may be overtaken, and counted as that; one by itself is not.
     client.diagnostic_values(settled, "everything to be answered or counted")
