@@ -182,6 +182,27 @@ def test_a_shift_is_that_of_the_look(shift: tuple[int, int]) -> None:
 # Decisions, with steps that are given.
 
 
+def test_a_rendering_is_encoded_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used again it gives the same step as another one that is equal to it."""
+    T, estimator = at(0.0, 0.0), world.estimator
+    image = world.image(("brick", moved(T, np.r_[0.004, 0, 0, 0, 0.05, 0])))
+    (view,), (equal,) = estimator.render([("brick", T)]), estimator.render([("brick", T)])
+    mask = view.silhouette(K, HEIGHT, WIDTH)
+    network, crops = estimator._network, []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda given: crops.append(len(given)) or encode(given))
+    first, again, other = (
+        estimator.compare(image, K, [Look(one, T, mask)])[0] for one in (view, view, equal)
+    )
+    assert crops == [1, 1, 1, 1, 1], "the image's crop each time, each view once"
+    for step in (again, other):
+        np.testing.assert_allclose(step.T_cam_obj, first.T_cam_obj, atol=1e-4)
+        assert step.agreement == pytest.approx(first.agreement, abs=1e-3)
+    # Two of one view in one pass.
+    both = estimator.compare(image, K, [Look(equal, T, mask), Look(equal, T, mask)])
+    np.testing.assert_allclose(both[1].T_cam_obj, first.T_cam_obj, atol=1e-4)
+
+
 class Script:
     """An estimator whose steps are given: by the pose that it is asked for, a pose and a score."""
 
@@ -221,6 +242,21 @@ def test_the_last_rendering_is_used_while_the_view_turns_little(world: World) ->
     for n in range(1, 5):
         follower.step(BLANK, CAMERA, n * PERIOD)
     assert script.rendered == 1
+
+
+def test_a_second_step_and_a_search_use_the_rendering_that_is_there(world: World) -> None:
+    """An uncertain step is followed by another; a lost object is looked for where it was."""
+    follower, script = scripted(world, lambda T, mask: (T, 0.4), ("brick", at(0, 0)))
+    follower.step(BLANK, CAMERA, 0.1)
+    assert script.rendered == 1
+    there = [True]
+    follower, script = scripted(world, lambda T, mask: (T, 0.9) if there[0] else None, ("brick", at(0, 0)))
+    follower.step(BLANK, CAMERA, 0.1)
+    there[0] = False
+    for n in range(2, 5):
+        (one,) = follower.step(BLANK, CAMERA, n * PERIOD)
+        assert one.verdict is Verdict.LOST
+    assert script.rendered == 1 and len(script.masks) == 1, "it is looked for once where it stood still"
 
 
 def test_an_uncertain_object_has_a_larger_covariance_and_is_lost_after_a_while(world: World) -> None:

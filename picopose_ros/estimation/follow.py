@@ -328,7 +328,7 @@ class Follower:
         spread = np.r_[np.full(3, (s.speed * ahead) ** 2), np.full(3, (s.spin * ahead) ** 2)]
         prior = one.pose.covariance + np.diag(spread + 1e-10)
         tries = [Try(one, moved(T, velocity * ahead), prior)]
-        if one.verdict is Verdict.LOST:
+        if one.verdict is Verdict.LOST and not np.allclose(tries[0].T, T, atol=1e-3):
             tries.append(Try(one, T, prior))
         return tries
 
@@ -366,7 +366,6 @@ class Follower:
                 if usable:
                     reason += f", for more than {s.patience:g} s"
                 self._judge(one, Verdict.LOST, reason or one.reason, stamp)
-                one.view = None
                 if stamp - one.sure > s.recovery:
                     self._objects.pop(key, None)
             results.append(Followed(key, one.verdict, self._published(one, outcome), one.reason))

@@ -109,11 +109,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Try:
-    """A pose at which an object is looked for."""
+    """A pose at which an object is looked for, and a rendering near to it if there is one."""
 
     target: Target
     T: np.ndarray
     prior: np.ndarray | None
+    view: PosedView | None = None
 
 
 @dataclass(frozen=True)
@@ -229,11 +230,11 @@ class _Looking:
         return outcomes
 
     def _views(self, tries: Sequence[Try]) -> list[PosedView | PicoPoseError]:
-        """Renderings at the poses; the last one of an object where that will do."""
-        views: list[PosedView | PicoPoseError | None] = [
-            one.target.view if _turned(one.target.view, one.T) < self._settings.reuse_deg else None
-            for one in tries
-        ]
+        """Renderings at the poses; those that there are where they will do."""
+        views: list[PosedView | PicoPoseError | None] = []
+        for one in tries:
+            known = min((one.view, one.target.view), key=lambda view: _turned(view, one.T))
+            views.append(known if _turned(known, one.T) < self._settings.reuse_deg else None)
         missing = [i for i, view in enumerate(views) if view is None]
         if missing:
             wanted = [(tries[i].target.pose.class_id, tries[i].T) for i in missing]
@@ -281,7 +282,7 @@ class _Looking:
 
 def _again(outcome: Outcome) -> Try:
     """From where a step led; what was known before is in it already."""
-    return Try(outcome.attempt.target, outcome.step.T_cam_obj, None)
+    return Try(outcome.attempt.target, outcome.step.T_cam_obj, None, outcome.view)
 
 
 def centre_of(pose: ObjectPose, T: np.ndarray) -> np.ndarray:
