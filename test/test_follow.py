@@ -330,6 +330,38 @@ def test_a_late_mask_corrects_only_what_disagrees_beyond_both_uncertainties(worl
     assert follower.status["brick_0"].stamp == pytest.approx(0.3)
 
 
+def test_masks_that_show_what_was_followed_there_are_not_worth_a_pose(world: World) -> None:
+    """Two objects are followed to the right; of the masks of the first image one alone is estimated again."""
+    moves = np.r_[0.004, 0, 0, 0, 0, 0]
+    seen = ("brick", at(-0.08, 0)), ("bar", at(0.08, 0))
+    follower, _ = scripted(world, lambda T, mask: (moved(T, moves), 0.9), *seen)
+    for n in range(1, 4):
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    then = {name: moved(T, 2 * moves) for name, T in seen}
+    views = world.estimator.render(list(then.items()))
+    masks = [(name, view.silhouette(K, HEIGHT, WIDTH)) for name, view in zip(then, views)]
+
+    def worth(*segments: tuple[str, np.ndarray], keys: Sequence[str] | None = None) -> list[int]:
+        return follower.unexplained(segments, 2 * PERIOD, CAMERA, keys)
+
+    follower.see("brick_0", pose_of("brick", then["brick"]), 2 * PERIOD)
+    assert worth(*masks) == [1], "the one that was estimated longest ago"
+    assert follower.status["brick_0"].seen == follower.status["bar_1"].seen + 2 * PERIOD
+    follower.see("bar_1", pose_of("bar", then["bar"]), 2.5 * PERIOD)
+    assert worth(*masks) == [0]
+    # What is elsewhere, of another class, not known then, or not to be followed is estimated.
+    elsewhere = masks[1][0], np.roll(masks[1][1], 60, 0)
+    assert worth(masks[0], elsewhere) == [0, 1]
+    assert worth(masks[0], ("brick", masks[1][1]), keys=["bar_1"]) == [0, 1]
+    assert worth(*masks, keys=[]) == [0, 1]
+    assert follower.unexplained(masks, 9.0, CAMERA) == [0, 1]
+    # Covered by the other one it is the same mask less what is covered.
+    half = masks[1][1].copy()
+    half[:, : int(np.nonzero(half)[1].mean())] = False
+    assert worth(masks[0], ("bar", half)) == [0, 1]
+    assert worth(masks[0], ("bar", half), ("brick", masks[1][1] & ~half)) == [0, 2]
+
+
 def test_poses_of_late_masks_are_matched_with_where_the_objects_were_then(world: World) -> None:
     """Two bricks pass each other; the mask's image is from when they were still where they began."""
     left, right = at(-0.1, 0), at(0.1, 0)

@@ -31,6 +31,7 @@ from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.least_squares import moved
 from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
 from picopose_ros.geometry.rectify import straighten
+from picopose_ros.templates.posed import PosedView
 
 __all__ = ["Comparer", "FollowSettings", "Followed", "Follower", "Image", "Nearest", "Status", "Verdict"]
 
@@ -42,6 +43,9 @@ _LONGEST_PREDICTION = 0.5
 
 _DISAGREE = 16.8
 """Squared Mahalanobis distance of two poses that happens once in a hundred times (6 degrees of freedom)."""
+
+_EXPLAINED = 0.75
+"""Overlap (IoU) of a mask with the silhouette of a followed object, from which on it says nothing new."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,51 @@ class Follower:
                 self._objects[key].image = rgb
         return keys
 
+    def unexplained(
+        self,
+        segments: Sequence[tuple[str, np.ndarray]],
+        stamp: float,
+        camera: CameraModel,
+        keys: Iterable[str] | None = None,
+    ) -> list[int]:
+        """Which masks of an image that was passed are worth a pose.
+
+        A mask that shows an object where it was followed to then says nothing new. Of the objects that all
+        the masks agree with, the one that was estimated longest ago is estimated again all the same.
+
+        Args:
+            segments: class id of a bank and mask (H, W) bool, as the camera saw it. stamp: of the image, s.
+            camera: of the image. keys: of the objects that count; None: all.
+
+        Returns:
+            Indices of the segments that are to be estimated, in order.
+        """
+        masks = straighten([mask for _, mask in segments], camera)
+        known = [self._objects[key] for key in (self._objects if keys is None else keys)]
+        known = [one for one in known if one.verdict is Verdict.FOLLOWED]
+        then = {one.key: before[0] for one in known if (before := self.pose_at(one.key, stamp))}
+        known = [one for one in known if one.key in then]
+        views = self.comparer.render([(one.pose.class_id, then[one.key]) for one in known]) if known else []
+        options = []
+        for one, view in zip(known, views):
+            if isinstance(view, PosedView):
+                whole = view.silhouette(camera.K, camera.height, camera.width)
+                for i, (class_id, _) in enumerate(segments):
+                    if class_id == one.pose.class_id:
+                        others = [mask for k, mask in enumerate(masks) if k != i]
+                        free = whole & ~np.any(others, 0) if others else whole
+                        overlap = (free & masks[i]).sum() / max((free | masks[i]).sum(), 1)
+                        options.append((overlap, i, one))
+        explained: dict[int, Target] = {}
+        for overlap, i, one in sorted(options, key=lambda option: -option[0]):
+            if overlap >= _EXPLAINED and i not in explained and one not in explained.values():
+                explained[i] = one
+        if explained:
+            del explained[min(explained, key=lambda i: explained[i].estimated)]
+        for one in explained.values():
+            one.seen = max(one.seen, stamp)
+        return [i for i in range(len(segments)) if i not in explained]
+
     def see(self, key: str, pose: ObjectPose, stamp: float, T_fixed_cam: np.ndarray | None = None) -> bool:
         """Take the pose that a mask gave; a new key begins to be followed.
 
@@ -180,7 +229,7 @@ class Follower:
         if one is None or one.verdict is Verdict.LOST:
             self._objects[key] = self._begun(key, pose, stamp, T_fixed_cam)
             return True
-        one.seen = max(one.seen, stamp)
+        one.seen, one.estimated = max(one.seen, stamp), max(one.estimated, stamp)
         before = self.pose_at(key, stamp)
         if before is None:
             if stamp > one.stamp:
@@ -290,8 +339,10 @@ class Follower:
         """One that the newest image is too far away for: by way of the one in the middle, and so on."""
         todo = [image for image in images if image.stamp > one.stamp]
         last: list[Followed] = []
+        reach = len(todo)
         while todo and not (last and last[0].verdict is Verdict.LOST):
-            reach = len(todo) // 2
+            # Not much further than it came the last time.
+            reach = min(len(todo) // 2, 2 * reach + 1)
             while True:
                 image = todo[reach]
                 outcomes = self._look([one], *image.read(), image.stamp, image.T_fixed_cam)
@@ -303,7 +354,7 @@ class Follower:
         return last
 
     def _begun(self, key: str, pose: ObjectPose, stamp: float, T_fixed_cam: np.ndarray | None) -> Target:
-        one = Target(key, pose, stamp, stamp, stamp, T_fixed_cam, sure=stamp)
+        one = Target(key, pose, stamp, stamp, stamp, T_fixed_cam, sure=stamp, estimated=stamp)
         one.history.append((stamp, pose.T_cam_obj, pose.covariance))
         return one
 

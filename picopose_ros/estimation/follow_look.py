@@ -86,7 +86,8 @@ class Target:
         key: of it. pose: the last one that was believed. stamp: of that, s. seen: of the last mask.
         since: stamp from which on the verdict is so. T_fixed_cam: (4, 4) of the last pose's image, if known.
         velocity: (6,) motion per second, as of `moved`. verdict, reason: of the last image.
-        sure: stamp when it was last followed. view: the last rendering. history: stamp, pose, covariance.
+        estimated: stamp of the newest image whose mask gave a pose. sure: stamp when it was last followed.
+        view: the last rendering. history: stamp, pose, covariance.
         image: (H, W, 3) uint8, undistorted, in which it had the last pose; None: not kept.
     """
 
@@ -100,6 +101,7 @@ class Target:
     verdict: Verdict = Verdict.FOLLOWED
     reason: str = ""
     sure: float = 0.0
+    estimated: float = 0.0
     view: PosedView | None = None
     history: deque[tuple[float, np.ndarray, np.ndarray]] = field(
         default_factory=lambda: deque(maxlen=HISTORY)
