@@ -145,6 +145,45 @@ def test_an_object_is_carried_to_the_newest_image_in_as_few_steps_as_needed(worl
     assert off(found.pose.T_cam_obj, moved(T, MOTION * 0.3))[0] < 0.015
 
 
+def test_what_one_object_moved_by_is_tried_for_the_others(world: World) -> None:
+    """The camera moved so far that the second object is found by the motion of the first alone."""
+    motion = moved(np.eye(4), np.r_[0.02, 0.02, 0.05, 0.0, 0.0, 0.5])
+    seen = ("brick", at(-0.08, 0)), ("bar", at(0.08, 0))
+
+    def answer(T: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float] | None:
+        asked.append(T)
+        near = [motion @ start for _, start in seen if np.linalg.norm((motion @ start - T)[:3, 3]) < 0.01]
+        first = [T] if len(asked) == 1 else []
+        return (motion @ seen[0][1] if first else near[0], 0.9) if first or near else None
+
+    asked: list[np.ndarray] = []
+    follower, _ = scripted(world, answer, *seen)
+    follower.settings = FollowSettings(furthest=9.0)
+    found = follower.carry([Image(0.3, lambda: (BLANK, CAMERA))], ["brick_0", "bar_1"])
+    assert [one.verdict for one in found] == [Verdict.FOLLOWED] * 2
+    np.testing.assert_allclose(found[1].pose.T_cam_obj, motion @ seen[1][1], atol=1e-9)
+
+    # The same for one that is lost while the other one goes on.
+    there = [False]
+
+    def later(T: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float] | None:
+        number = len(follower._objects["brick_0"].history)
+        true = [moved(start, steps * number) for _, start in seen]
+        if np.linalg.norm((true[0] - T)[:3, 3]) < 0.03:
+            return true[0], 0.9
+        return (T, 0.9) if there[0] and np.linalg.norm((true[1] - T)[:3, 3]) < 0.005 else None
+
+    steps = np.r_[0.0, 0.02, 0, 0, 0, 0]
+    follower, _ = scripted(world, later, *seen)
+    for n in range(1, 5):
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    assert follower.status["bar_1"].verdict is Verdict.LOST
+    there[0] = True
+    found = {one.key: one for one in follower.step(BLANK, CAMERA, 5 * PERIOD)}
+    assert found["bar_1"].verdict is Verdict.FOLLOWED
+    assert off(found["bar_1"].pose.T_cam_obj, moved(seen[1][1], steps * 5))[0] < 0.006
+
+
 def test_what_moves_far_between_two_images_is_found_by_its_look(world: World) -> None:
     """By three quarters of its width, without a velocity; the image it had its pose in is known."""
     start, true = at(-0.05, 0.0), at(0.02, 0.03)
@@ -246,7 +285,8 @@ def test_the_last_rendering_is_used_while_the_view_turns_little(world: World) ->
 
 def test_a_second_step_and_a_search_use_the_rendering_that_is_there(world: World) -> None:
     """An uncertain step is followed by another; a lost object is looked for where it was."""
-    follower, script = scripted(world, lambda T, mask: (T, 0.4), ("brick", at(0, 0)))
+    least = FollowSettings.followed
+    follower, script = scripted(world, lambda T, mask: (T, least - 0.05), ("brick", at(0, 0)))
     follower.step(BLANK, CAMERA, 0.1)
     assert script.rendered == 1
     there = [True]
@@ -260,10 +300,10 @@ def test_a_second_step_and_a_search_use_the_rendering_that_is_there(world: World
 
 
 def test_an_uncertain_object_has_a_larger_covariance_and_is_lost_after_a_while(world: World) -> None:
-    follower, _ = scripted(world, lambda T, mask: (T, 0.4), ("brick", at(0, 0)))
+    follower, _ = scripted(world, lambda T, mask: (T, FollowSettings.followed - 0.05), ("brick", at(0, 0)))
     (one,) = follower.step(BLANK, CAMERA, 0.5)
-    assert one.verdict is Verdict.UNCERTAIN and "score 0.40" in one.reason
-    assert one.pose.covariance[0, 0] > 5 * TIGHT[0, 0] and one.pose.confidence == 0.4
+    assert one.verdict is Verdict.UNCERTAIN and "score 0." in one.reason
+    assert one.pose.covariance[0, 0] > 5 * TIGHT[0, 0] and one.pose.confidence < FollowSettings.followed
     (one,) = follower.step(BLANK, CAMERA, 1.5)
     assert one.verdict is Verdict.LOST and "more than 1 s" in one.reason
 

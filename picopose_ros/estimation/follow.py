@@ -320,29 +320,39 @@ class Follower:
     def carry(self, images: Sequence[Image], keys: Sequence[str]) -> list[Followed]:
         """Carry objects through images, oldest first, to the newest one, in as few steps as needed.
 
-        An object that can't be followed to the newest image at once goes through the one in the middle.
+        One that can't be followed to the newest image at once goes through the one in the middle, and so on.
+        The first shows how the others may have moved: it is often the camera that moves.
 
         Returns:
             One per object that is in the newest image or was lost on the way.
         """
         newest = images[-1]
         behind = [one for key in keys if (one := self._objects[key]).stamp < newest.stamp]
-        found = self._look(behind, *newest.read(), newest.stamp, newest.T_fixed_cam)
-        sure = {key: o for key, o in found.items() if o.score >= self.settings.followed}
-        results = self._commit(sure, newest.stamp, newest.T_fixed_cam)
-        for one in behind:
-            if one.key not in sure:
-                results += self._carry_one(one, images)
+        behind.sort(key=lambda one: -one.pose.confidence)
+        results: list[Followed] = []
+        first = None
+        while behind and first is None:
+            one = behind.pop(0)
+            results += self._carry_one(one, images)
+            if one.verdict is Verdict.FOLLOWED and one.stamp == newest.stamp:
+                first = one
+        if behind:
+            found = self._look(behind, *newest.read(), newest.stamp, newest.T_fixed_cam, first)
+            sure = {key: o for key, o in found.items() if o.score >= self.settings.followed}
+            results += self._commit(sure, newest.stamp, newest.T_fixed_cam)
+            for one in behind:
+                if one.key not in sure:
+                    results += self._carry_one(one, images)
         return results
 
     def _carry_one(self, one: Target, images: Sequence[Image]) -> list[Followed]:
-        """One that the newest image is too far away for: by way of the one in the middle, and so on."""
+        """One to the newest image, or by way of the one in the middle, and so on."""
         todo = [image for image in images if image.stamp > one.stamp]
         last: list[Followed] = []
         reach = len(todo)
         while todo and not (last and last[0].verdict is Verdict.LOST):
             # Not much further than it came the last time.
-            reach = min(len(todo) // 2, 2 * reach + 1)
+            reach = min(len(todo) - 1, 2 * reach + 1)
             while True:
                 image = todo[reach]
                 outcomes = self._look([one], *image.read(), image.stamp, image.T_fixed_cam)
@@ -367,8 +377,15 @@ class Follower:
         one.history.append((stamp, T, pose.covariance))
         self._judge(one, Verdict.FOLLOWED, "", stamp)
 
-    def _tries(self, one: Target, stamp: float, T_fixed_cam: np.ndarray | None) -> list[Try]:
-        """Where an object is looked for: where its velocity takes it; a lost one where it was last, too."""
+    def _tries(
+        self,
+        one: Target,
+        stamp: float,
+        T_fixed_cam: np.ndarray | None,
+        other: tuple[Target, np.ndarray] | None = None,
+    ) -> list[Try]:
+        """Where an object is looked for: where its velocity takes it; a lost one where it was last, too, or
+        where it is now if it moved as another one did, whose pose now is given."""
         T, velocity = one.pose.T_cam_obj, one.velocity
         if T_fixed_cam is not None and one.T_fixed_cam is not None:
             motion = invert_transform(T_fixed_cam) @ one.T_fixed_cam
@@ -379,7 +396,10 @@ class Follower:
         spread = np.r_[np.full(3, (s.speed * ahead) ** 2), np.full(3, (s.spin * ahead) ** 2)]
         prior = one.pose.covariance + np.diag(spread + 1e-10)
         tries = [Try(one, moved(T, velocity * ahead), prior)]
-        if one.verdict is Verdict.LOST and not np.allclose(tries[0].T, T, atol=1e-3):
+        then = None if other is None or T_fixed_cam is not None else self.pose_at(other[0].key, one.stamp)
+        if then is not None:
+            T = other[1] @ invert_transform(then[0]) @ T
+        if (then is not None or one.verdict is Verdict.LOST) and not np.allclose(tries[0].T, T, atol=1e-3):
             tries.append(Try(one, T, prior))
         return tries
 
@@ -390,10 +410,28 @@ class Follower:
         camera: CameraModel,
         stamp: float,
         T_fixed_cam: np.ndarray | None,
+        moved_alike: Target | None = None,
     ) -> dict[str, Outcome]:
-        """The best outcome per object; changes nothing."""
+        """The best outcome per object; changes nothing.
+
+        Args:
+            moved_alike: has its pose of the stamp already, and the others may have moved as it did.
+        """
         rgb = straighten([rgb], camera)[0]
-        tries = [t for one in objects for t in self._tries(one, stamp, T_fixed_cam)]
+        tries: list[Try] = []
+        if moved_alike is not None:
+            now = moved_alike, moved_alike.pose.T_cam_obj
+            for one in objects:  # the last try is the one by that motion
+                tries.append(self._tries(one, stamp, T_fixed_cam, now)[-1])
+            return look(self.comparer, self.settings, tries, rgb, camera.K)
+        lost = [one for one in objects if one.verdict is Verdict.LOST]
+        for one in objects:
+            if one not in lost:
+                tries += self._tries(one, stamp, T_fixed_cam)
+        sure = [t for t in tries if t.target.verdict is Verdict.FOLLOWED]
+        best = max(sure, key=lambda t: t.target.pose.confidence, default=None)
+        for one in lost:
+            tries += self._tries(one, stamp, T_fixed_cam, None if best is None else (best.target, best.T))
         return look(self.comparer, self.settings, tries, rgb, camera.K)
 
     def _commit(
