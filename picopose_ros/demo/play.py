@@ -27,7 +27,7 @@ from picopose_ros.msg import SegmentArray
 
 TYPES = {bags.IMAGE: Image, bags.CAMERA_INFO: CameraInfo, bags.SEGMENTS: SegmentArray, bags.TF: TFMessage}
 DISCOVERY_SECONDS = 30.0
-QUIET_SECONDS = 5.0
+QUIET_SECONDS = 15.0
 """Without a new answer, after which none is expected any more."""
 
 

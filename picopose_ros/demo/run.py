@@ -408,6 +408,10 @@ def run_demo(
         )
     if report.late is not None:
         print(report.late)
+        every = rows[-1]
+        right = (every.recall, every.recall_05d, every.recall_02d)
+        told = " ".join(f"{share * every.instances / max(every.detected, 1):.2f}" for share in right)
+        print(f"of {every.detected} poses {told} are right to .1, .05 and .02 of the diameter")
     if report.honesty is not None:
         print(f"covariances: {report.honesty.pose}")
     print(f"report: {out / 'report.json'}\npictures: {pictures[-1]}\nbag: {output}")

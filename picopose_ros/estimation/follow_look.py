@@ -47,7 +47,7 @@ class FollowSettings:
         widened: factor on the covariance of what is uncertain.
     """
 
-    followed: float = 0.4
+    followed: float = 0.45
     uncertain: float = 0.3
     patience: float = 1.0
     recovery: float = 5.0
