@@ -11,6 +11,7 @@ import pytest
 import trimesh
 from scipy.spatial.transform import Rotation
 
+from picopose_ros.estimation import follow_look
 from picopose_ros.estimation.follow import Follower, FollowSettings, Image, Verdict
 from picopose_ros.estimation.follow_shift import find_shift
 from picopose_ros.estimation.refine_step import Look, Step
@@ -213,9 +214,24 @@ def test_a_shift_is_that_of_the_look(shift: tuple[int, int]) -> None:
     else:
         np.testing.assert_allclose(found, shift, atol=3)
     # Nowhere: no place is better than another.
-    assert find_shift(before, wall, mask, np.zeros(2)) is None
+    nothing = rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    assert find_shift(before, nothing, mask, np.zeros(2)) is None
     assert find_shift(before, after, np.zeros_like(mask), np.zeros(2)) is None
     assert find_shift(np.zeros_like(before), after, mask, np.zeros(2)) is None
+
+
+def test_a_shift_is_believed_where_the_look_is_dim_but_clearly_there() -> None:
+    """Noise as strong as the look: a correlation of a half, and none where it is predicted."""
+    rng = np.random.default_rng(3)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[80:150, 120:190] = True
+    look = cv2.resize(rng.uniform(90, 150, (8, 8, 3)).astype(np.float32), (70, 70))
+    before, after = np.full((2, HEIGHT, WIDTH, 3), 120, np.float32)
+    before[80:150, 120:190] = look
+    noise = cv2.resize(rng.normal(0, 25, (20, 20, 3)).astype(np.float32), (70, 70))
+    after[92:162, 90:160] = look + noise
+    before, after = (image.clip(0, 255).astype(np.uint8) for image in (before, after))
+    np.testing.assert_allclose(find_shift(before, after, mask, np.zeros(2)), [-30, 12], atol=4)
 
 
 # Decisions, with steps that are given.
@@ -297,6 +313,22 @@ def test_a_second_step_and_a_search_use_the_rendering_that_is_there(world: World
         (one,) = follower.step(BLANK, CAMERA, n * PERIOD)
         assert one.verdict is Verdict.LOST
     assert script.rendered == 1 and len(script.masks) == 1, "it is looked for once where it stood still"
+
+
+def test_what_looks_alike_elsewhere_is_not_all_that_is_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look is found 40 px aside, where nothing is: the object is where it was predicted."""
+    monkeypatch.setattr(follow_look, "find_shift", lambda *args: np.array([40.0, 0.0]))
+    T = at(-0.05, 0.0)
+    follower, _ = scripted(
+        world, lambda pose, mask: (pose, 0.9 if abs(pose[0, 3] - T[0, 3]) < 0.01 else 0.2), ("brick", T)
+    )
+    follower.forget()
+    follower.see_all([pose_of("brick", T)], 0.0, 0.3, None, (BLANK, CAMERA))
+    (one,) = follower.step(BLANK, CAMERA, PERIOD)
+    assert one.verdict is Verdict.FOLLOWED
+    np.testing.assert_allclose(one.pose.T_cam_obj, T)
 
 
 def test_an_uncertain_object_has_a_larger_covariance_and_is_lost_after_a_while(world: World) -> None:

@@ -153,8 +153,12 @@ class _Looking:
 
     def best(self, tries: Sequence[Try]) -> dict[str, Outcome]:
         """See `look`."""
-        tries = self._shifted(tries)
-        outcomes = self._round(tries)
+        shifted = self._shifted(tries)
+        outcomes = self._round(shifted)
+        # What looks alike may be something else: then it is where it was predicted.
+        least = self._settings.followed
+        astray = [i for i, o in enumerate(outcomes) if shifted[i] is not tries[i] and o.score < least]
+        outcomes += self._round([tries[i] for i in astray])
         again = {i: _again(o) for i, o in enumerate(outcomes) if self._needs_another(o)}
         for i, better in zip(again, self._round(list(again.values()))):
             # Judged from where it was looked for at first.
