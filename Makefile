@@ -10,7 +10,8 @@
 #   make clean   removes the environments and all build results
 #
 #   ROS=jazzy|kilted            the ROS distribution (jazzy): .venv has the default's packages, .venv-kilted Kilted's
-#   MASKS=own                   `make demo` finds the masks itself (recorded)
+#   MASKS=own|late              `make demo` finds the masks itself; or gets them once a second and late, and follows (recorded)
+#   SPEED=0.5                   with MASKS=late, seconds of the recording per second (1)
 #   DEVICE=cuda                 what `make bench` measures (cpu)
 #   WORKERS=1                   test files that run at the same time (2)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
@@ -29,6 +30,7 @@ WORKERS ?= 2
 DURATION ?= 600
 DEVICE ?= cpu
 MASKS ?= recorded
+SPEED ?= 1
 
 ifeq ($(ROS),jazzy)
 VENV := .venv
@@ -87,7 +89,7 @@ $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
 	@touch $@
 
 demo: setup
-	$(VENV)/bin/python -m picopose_ros.demo --masks $(MASKS)
+	$(VENV)/bin/python -m picopose_ros.demo --masks $(MASKS) --speed $(SPEED)
 
 # Hours on two cores, and 9 GB; goes on where it was cut off. Copy runs/tiny/weights.safetensors into the package after.
 train: setup

@@ -11,6 +11,7 @@ import pytest
 import trimesh
 from scipy.spatial.transform import Rotation
 
+from picopose_ros.estimation import follow_look
 from picopose_ros.estimation.follow import Follower, FollowSettings, Image, Verdict
 from picopose_ros.estimation.follow_shift import find_shift
 from picopose_ros.estimation.refine_step import Look, Step
@@ -145,6 +146,45 @@ def test_an_object_is_carried_to_the_newest_image_in_as_few_steps_as_needed(worl
     assert off(found.pose.T_cam_obj, moved(T, MOTION * 0.3))[0] < 0.015
 
 
+def test_what_one_object_moved_by_is_tried_for_the_others(world: World) -> None:
+    """The camera moved so far that the second object is found by the motion of the first alone."""
+    motion = moved(np.eye(4), np.r_[0.02, 0.02, 0.05, 0.0, 0.0, 0.5])
+    seen = ("brick", at(-0.08, 0)), ("bar", at(0.08, 0))
+
+    def answer(T: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float] | None:
+        asked.append(T)
+        near = [motion @ start for _, start in seen if np.linalg.norm((motion @ start - T)[:3, 3]) < 0.01]
+        first = [T] if len(asked) == 1 else []
+        return (motion @ seen[0][1] if first else near[0], 0.9) if first or near else None
+
+    asked: list[np.ndarray] = []
+    follower, _ = scripted(world, answer, *seen)
+    follower.settings = FollowSettings(furthest=9.0)
+    found = follower.carry([Image(0.3, lambda: (BLANK, CAMERA))], ["brick_0", "bar_1"])
+    assert [one.verdict for one in found] == [Verdict.FOLLOWED] * 2
+    np.testing.assert_allclose(found[1].pose.T_cam_obj, motion @ seen[1][1], atol=1e-9)
+
+    # The same for one that is lost while the other one goes on.
+    there = [False]
+
+    def later(T: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float] | None:
+        number = len(follower._objects["brick_0"].history)
+        true = [moved(start, steps * number) for _, start in seen]
+        if np.linalg.norm((true[0] - T)[:3, 3]) < 0.03:
+            return true[0], 0.9
+        return (T, 0.9) if there[0] and np.linalg.norm((true[1] - T)[:3, 3]) < 0.005 else None
+
+    steps = np.r_[0.0, 0.02, 0, 0, 0, 0]
+    follower, _ = scripted(world, later, *seen)
+    for n in range(1, 5):
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    assert follower.status["bar_1"].verdict is Verdict.LOST
+    there[0] = True
+    found = {one.key: one for one in follower.step(BLANK, CAMERA, 5 * PERIOD)}
+    assert found["bar_1"].verdict is Verdict.FOLLOWED
+    assert off(found["bar_1"].pose.T_cam_obj, moved(seen[1][1], steps * 5))[0] < 0.006
+
+
 def test_what_moves_far_between_two_images_is_found_by_its_look(world: World) -> None:
     """By three quarters of its width, without a velocity; the image it had its pose in is known."""
     start, true = at(-0.05, 0.0), at(0.02, 0.03)
@@ -174,12 +214,48 @@ def test_a_shift_is_that_of_the_look(shift: tuple[int, int]) -> None:
     else:
         np.testing.assert_allclose(found, shift, atol=3)
     # Nowhere: no place is better than another.
-    assert find_shift(before, wall, mask, np.zeros(2)) is None
+    nothing = rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    assert find_shift(before, nothing, mask, np.zeros(2)) is None
     assert find_shift(before, after, np.zeros_like(mask), np.zeros(2)) is None
     assert find_shift(np.zeros_like(before), after, mask, np.zeros(2)) is None
 
 
+def test_a_shift_is_believed_where_the_look_is_dim_but_clearly_there() -> None:
+    """Noise as strong as the look: a correlation of a half, and none where it is predicted."""
+    rng = np.random.default_rng(3)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[80:150, 120:190] = True
+    look = cv2.resize(rng.uniform(90, 150, (8, 8, 3)).astype(np.float32), (70, 70))
+    before, after = np.full((2, HEIGHT, WIDTH, 3), 120, np.float32)
+    before[80:150, 120:190] = look
+    noise = cv2.resize(rng.normal(0, 25, (20, 20, 3)).astype(np.float32), (70, 70))
+    after[92:162, 90:160] = look + noise
+    before, after = (image.clip(0, 255).astype(np.uint8) for image in (before, after))
+    np.testing.assert_allclose(find_shift(before, after, mask, np.zeros(2)), [-30, 12], atol=4)
+
+
 # Decisions, with steps that are given.
+
+
+def test_a_rendering_is_encoded_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used again it gives the same step as another one that is equal to it."""
+    T, estimator = at(0.0, 0.0), world.estimator
+    image = world.image(("brick", moved(T, np.r_[0.004, 0, 0, 0, 0.05, 0])))
+    (view,), (equal,) = estimator.render([("brick", T)]), estimator.render([("brick", T)])
+    mask = view.silhouette(K, HEIGHT, WIDTH)
+    network, crops = estimator._network, []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda given: crops.append(len(given)) or encode(given))
+    first, again, other = (
+        estimator.compare(image, K, [Look(one, T, mask)])[0] for one in (view, view, equal)
+    )
+    assert crops == [1, 1, 1, 1, 1], "the image's crop each time, each view once"
+    for step in (again, other):
+        np.testing.assert_allclose(step.T_cam_obj, first.T_cam_obj, atol=1e-4)
+        assert step.agreement == pytest.approx(first.agreement, abs=1e-3)
+    # Two of one view in one pass.
+    both = estimator.compare(image, K, [Look(equal, T, mask), Look(equal, T, mask)])
+    np.testing.assert_allclose(both[1].T_cam_obj, first.T_cam_obj, atol=1e-4)
 
 
 class Script:
@@ -223,11 +299,43 @@ def test_the_last_rendering_is_used_while_the_view_turns_little(world: World) ->
     assert script.rendered == 1
 
 
+def test_a_second_step_and_a_search_use_the_rendering_that_is_there(world: World) -> None:
+    """An uncertain step is followed by another; a lost object is looked for where it was."""
+    least = FollowSettings.followed
+    follower, script = scripted(world, lambda T, mask: (T, least - 0.05), ("brick", at(0, 0)))
+    follower.step(BLANK, CAMERA, 0.1)
+    assert script.rendered == 1
+    there = [True]
+    follower, script = scripted(world, lambda T, mask: (T, 0.9) if there[0] else None, ("brick", at(0, 0)))
+    follower.step(BLANK, CAMERA, 0.1)
+    there[0] = False
+    for n in range(2, 5):
+        (one,) = follower.step(BLANK, CAMERA, n * PERIOD)
+        assert one.verdict is Verdict.LOST
+    assert script.rendered == 1 and len(script.masks) == 1, "it is looked for once where it stood still"
+
+
+def test_what_looks_alike_elsewhere_is_not_all_that_is_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look is found 40 px aside, where nothing is: the object is where it was predicted."""
+    monkeypatch.setattr(follow_look, "find_shift", lambda *args: np.array([40.0, 0.0]))
+    T = at(-0.05, 0.0)
+    follower, _ = scripted(
+        world, lambda pose, mask: (pose, 0.9 if abs(pose[0, 3] - T[0, 3]) < 0.01 else 0.2), ("brick", T)
+    )
+    follower.forget()
+    follower.see_all([pose_of("brick", T)], 0.0, 0.3, None, (BLANK, CAMERA))
+    (one,) = follower.step(BLANK, CAMERA, PERIOD)
+    assert one.verdict is Verdict.FOLLOWED
+    np.testing.assert_allclose(one.pose.T_cam_obj, T)
+
+
 def test_an_uncertain_object_has_a_larger_covariance_and_is_lost_after_a_while(world: World) -> None:
-    follower, _ = scripted(world, lambda T, mask: (T, 0.4), ("brick", at(0, 0)))
+    follower, _ = scripted(world, lambda T, mask: (T, FollowSettings.followed - 0.05), ("brick", at(0, 0)))
     (one,) = follower.step(BLANK, CAMERA, 0.5)
-    assert one.verdict is Verdict.UNCERTAIN and "score 0.40" in one.reason
-    assert one.pose.covariance[0, 0] > 5 * TIGHT[0, 0] and one.pose.confidence == 0.4
+    assert one.verdict is Verdict.UNCERTAIN and "score 0." in one.reason
+    assert one.pose.covariance[0, 0] > 5 * TIGHT[0, 0] and one.pose.confidence < FollowSettings.followed
     (one,) = follower.step(BLANK, CAMERA, 1.5)
     assert one.verdict is Verdict.LOST and "more than 1 s" in one.reason
 
@@ -292,6 +400,38 @@ def test_a_late_mask_corrects_only_what_disagrees_beyond_both_uncertainties(worl
     now = follower.pose_at("brick_0", 0.3)[0]
     np.testing.assert_allclose(now[:3, 3] - before[:3, 3], [0, 0.02, 0], atol=1e-9)
     assert follower.status["brick_0"].stamp == pytest.approx(0.3)
+
+
+def test_masks_that_show_what_was_followed_there_are_not_worth_a_pose(world: World) -> None:
+    """Two objects are followed to the right; of the masks of the first image one alone is estimated again."""
+    moves = np.r_[0.004, 0, 0, 0, 0, 0]
+    seen = ("brick", at(-0.08, 0)), ("bar", at(0.08, 0))
+    follower, _ = scripted(world, lambda T, mask: (moved(T, moves), 0.9), *seen)
+    for n in range(1, 4):
+        follower.step(BLANK, CAMERA, n * PERIOD)
+    then = {name: moved(T, 2 * moves) for name, T in seen}
+    views = world.estimator.render(list(then.items()))
+    masks = [(name, view.silhouette(K, HEIGHT, WIDTH)) for name, view in zip(then, views)]
+
+    def worth(*segments: tuple[str, np.ndarray], keys: Sequence[str] | None = None) -> list[int]:
+        return follower.unexplained(segments, 2 * PERIOD, CAMERA, keys)
+
+    follower.see("brick_0", pose_of("brick", then["brick"]), 2 * PERIOD)
+    assert worth(*masks) == [1], "the one that was estimated longest ago"
+    assert follower.status["brick_0"].seen == follower.status["bar_1"].seen + 2 * PERIOD
+    follower.see("bar_1", pose_of("bar", then["bar"]), 2.5 * PERIOD)
+    assert worth(*masks) == [0]
+    # What is elsewhere, of another class, not known then, or not to be followed is estimated.
+    elsewhere = masks[1][0], np.roll(masks[1][1], 60, 0)
+    assert worth(masks[0], elsewhere) == [0, 1]
+    assert worth(masks[0], ("brick", masks[1][1]), keys=["bar_1"]) == [0, 1]
+    assert worth(*masks, keys=[]) == [0, 1]
+    assert follower.unexplained(masks, 9.0, CAMERA) == [0, 1]
+    # Covered by the other one it is the same mask less what is covered.
+    half = masks[1][1].copy()
+    half[:, : int(np.nonzero(half)[1].mean())] = False
+    assert worth(masks[0], ("bar", half)) == [0, 1]
+    assert worth(masks[0], ("bar", half), ("brick", masks[1][1] & ~half)) == [0, 2]
 
 
 def test_poses_of_late_masks_are_matched_with_where_the_objects_were_then(world: World) -> None:

@@ -13,17 +13,8 @@ import trimesh
 from picopose_ros.cli.main import main
 from picopose_ros.estimation.refine_step import Look, Step
 from picopose_ros.estimator import ObjectPose
-from picopose_ros.evaluation.sequences import (
-    FILMS,
-    HEIGHT,
-    WIDTH,
-    K,
-    Shot,
-    false_share,
-    make_film,
-    measure,
-    summary,
-)
+from picopose_ros.evaluation.films import FILMS, HEIGHT, WIDTH, K, Shot, make_film
+from picopose_ros.evaluation.sequences import false_share, measure, summary, thresholds
 from picopose_ros.geometry.least_squares import moved
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
@@ -145,9 +136,29 @@ def test_errors_are_counted(renderer: MeshRenderer, mesh: ObjectMesh) -> None:
     assert false_share(found.steps, 0.3) == pytest.approx(5 / 6) and false_share(found.steps, 0.95) == 0
     assert found.shift > 0.05 and found.jitter > 0.01
     table = summary([found]).splitlines()
-    assert table[2].startswith("| still | 1 | 1.000 | 0.286 | 0.6667 |") and table[-1].startswith(
+    assert table[2].startswith("| still | 1 | 1.000 | 0.286 | 0.500 | - | 0.6667 |") and table[-1].startswith(
         "| all | 1 |"
     )
+
+
+def test_following_is_compared_with_masks_in_every_image(renderer: MeshRenderer, mesh: ObjectMesh) -> None:
+    """Following is off by .3 d from the third image on, masks never are; it is lost from the sixth on."""
+    shots = film(renderer, mesh, "still")
+    far = np.r_[0.3 * mesh.diameter, 0, 0, 0, 0, 0]
+    oracle = Oracle(renderer, mesh, shots, lambda n: far * (n >= 2), lambda n: 0.9 if n < 5 else 0.1)
+    found = measure(oracle, mesh, "still", iter(shots), every=True)
+    assert (found.recall, found.masked) == (pytest.approx(2 / 7), 1.0)
+    assert found.right == pytest.approx(2 / 5)
+    assert measure(oracle, mesh, "still", iter(shots)).masked is None
+    assert "| 0.400 | 1.000 |" in summary([found])
+
+
+def test_thresholds_of_the_score_are_compared() -> None:
+    steps = [("followed", 0.9, 0.01), ("followed", 0.62, 0.15), ("uncertain", 0.5, 0.02)]
+    rows = thresholds([*steps, ("uncertain", 0.32, 0.3)]).splitlines()
+    assert "| 0.30 | 4 | 1.000 | 0.500 | 0.2500 |" in rows
+    assert "| 0.50 | 3 | 0.750 | 0.667 | 0.0000 |" in rows
+    assert "| 0.70 | 1 | 0.250 | 1.000 | 0.0000 |" in rows
 
 
 def test_what_is_covered_is_lost_and_found_again(renderer: MeshRenderer, mesh: ObjectMesh) -> None:

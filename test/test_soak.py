@@ -35,10 +35,8 @@ WAIT = 1800.0
 """Seconds on a machine that has a lot else to do."""
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def soak(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """A run of the script on two images of two objects."""
-    folder = tmp_path_factory.mktemp("soak")
     meshes, weights = write_meshes(folder / "meshes"), write_weights(folder / "tiny.safetensors")
     scene = make_scene(meshes)
     segments = [*scene.segments, scene.segments[0]]
@@ -55,14 +53,19 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     )
     command = [sys.executable, str(ROOT / "scripts" / "soak"), "--folder", str(folder / "run")]
     command += ["--meshes", str(meshes), "--recording", str(folder / "recording")]
-    command += ["--duration", "3", "--malformed", "20", "--asks", "2", "--domain", str(next_domain())]
+    command += ["--duration", "3", *options, "--domain", str(next_domain())]
     command += ["--report", str(folder / "soak.md"), "--json", str(folder / "soak.json")]
     for word in (f"weights:={weights}", "viewpoints:=42", "hypotheses:=1", "min_score:=0.0"):
         command += ["--parameter", word]
-    done = subprocess.run(
+    return subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=WAIT
     )
-    return done, folder
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    folder = tmp_path_factory.mktemp("soak")
+    return soak(folder, "--malformed", "20", "--asks", "2"), folder
 
 
 def found(folder: Path) -> dict[str, dict[str, object]]:
@@ -107,6 +110,18 @@ def test_the_table_takes_the_place_of_the_old_one(short_run) -> None:
     assert text.count("| good frames among them answered | 2 of 2 | all | yes |") == 1
     assert "- machine: " in text and "--malformed 20" in text
     assert not list(folder.glob(".*partial"))
+
+
+def test_the_node_is_watched_while_it_follows(tmp_path: Path) -> None:
+    """Images of which every fourth has masks are answered, and nothing goes wrong."""
+    done = soak(tmp_path, "--follow", "--image-rate", "4", "--segmentation-rate", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = found(tmp_path)
+    assert float(checks["images answered"]["found"].split(",")[0]) > 0
+    assert checks["exceptions"]["passed"] is True and checks["exit code after SIGINT"]["passed"] is True
+    assert "malformed messages" not in checks
+    memory = checks["resident memory of each minute, median"]["found"]
+    assert float(memory.removesuffix(" MiB")) > 100
 
 
 def test_malformed_messages_can_be_sent_and_follow_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from math import inf
 from pathlib import Path
 
 from picopose_ros.errors import PicoPoseError
@@ -29,13 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--masks",
-        choices=("recorded", "own"),
+        choices=("recorded", "own", "late"),
         default="recorded",
-        help="those of the recording, or of this package's segmenter, which sees the images alone",
+        help="those of the recording; of this package's segmenter, which sees the images alone; or of one "
+        "image a second of the recording, 300 ms late, and the node follows (recorded)",
+    )
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="of late masks: seconds of the recording per second (1)"
+    )
+    parser.add_argument(
+        "--follow-rate", type=float, default=10.0, help="of late masks: the node's, Hz of the recording (10)"
     )
     args = parser.parse_args(argv)
+    if not (0 < args.speed < inf and 0 < args.follow_rate < inf):
+        parser.error("--speed and --follow-rate must be more than 0")
     try:
-        from picopose_ros.demo.run import run_demo
+        from picopose_ros.demo.run import Masks, run_demo
     except ImportError as error:
         print(
             f"demo: ROS is not there ({error}): run `make setup` or source a ROS 2 workspace", file=sys.stderr
@@ -46,7 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         options += ["-p", f"weights:={args.weights}"]
     try:
         report = run_demo(
-            args.out, args.frames, args.seed, args.storage, options, args.domain, args.masks == "own"
+            args.out,
+            args.frames,
+            args.seed,
+            args.storage,
+            options,
+            args.domain,
+            Masks(args.masks, args.speed, args.follow_rate),
         )
     except PicoPoseError as error:
         print(f"demo: {error}", file=sys.stderr)

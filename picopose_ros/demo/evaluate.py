@@ -205,10 +205,20 @@ def names_kept(
 
     One name is how it should be. Arguments as for :func:`compare`.
     """
+    return {name: list(dict.fromkeys(had)) for name, had in names_in_turn(recording, visible).items()}
+
+
+def names_in_turn(
+    recording: Recording, visible: Sequence[Mapping[str, float]] | None = None
+) -> dict[str, list[str]]:
+    """For every true instance the name in each image in which it was published, in the images' order.
+
+    Arguments as for :func:`compare`.
+    """
     names: dict[str, list[str]] = {}
     for name, _, _, found in _asked_for(recording, visible):
         had = names.setdefault(name, [])
-        if found is not None and found.name not in had:
+        if found is not None:
             had.append(found.name)
     return names
 

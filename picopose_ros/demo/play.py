@@ -3,7 +3,8 @@
 A process of its own: ``python -m picopose_ros.demo.play BAG``. After every segmentation it waits for the
 node's answer to that image before it goes on, so that a slow machine shows the same frames as a fast one.
 With ``--no-masks`` it leaves the segmentations out, for a segmenter that listens, and waits after every
-image.
+image. With ``--late`` it plays a segmentation a second alone, each as late as it was recorded, and waits for
+no answer: the images come at the recording's rate, or at a share of it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from sensor_msgs.msg import CameraInfo, Image
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
+from picopose_ros.demo.late import MASK_PERIOD
 from picopose_ros.messages import bags
 from picopose_ros.msg import SegmentArray
 
 TYPES = {bags.IMAGE: Image, bags.CAMERA_INFO: CameraInfo, bags.SEGMENTS: SegmentArray, bags.TF: TFMessage}
 DISCOVERY_SECONDS = 30.0
+QUIET_SECONDS = 15.0
+"""Without a new answer, after which none is expected any more."""
 
 
 class Player(Node):
@@ -78,6 +82,33 @@ class Player(Node):
                 missing += not self._wait_for(stamp)
         return missing
 
+    def play_late(self, speed: float) -> None:
+        """Publish everything when it was recorded, of the segmentations one a second.
+
+        It is done when no new answer comes any more.
+
+        Args:
+            speed: seconds of the recording per second.
+        """
+        begun, first, due = time.monotonic(), None, 0
+        for connection, recorded, raw in self._reader.raw(list(self._topics)):
+            if connection.msgtype == bags.SEGMENTS:
+                stamp = bags.stamp_of(self._reader.decode(raw, connection))
+                if stamp < due:
+                    continue
+                due = stamp + MASK_PERIOD
+            first = recorded if first is None else first
+            self._spin_until(begun + (recorded - first) * 1e-9 / speed)
+            self._publishers_by_topic[connection.topic].publish(bytes(raw))
+        answered = -1
+        while len(self._answered) > answered:
+            answered = len(self._answered)
+            self._spin_until(time.monotonic() + QUIET_SECONDS)
+
+    def _spin_until(self, moment: float) -> None:
+        while (left := moment - time.monotonic()) > 0:
+            rclpy.spin_once(self, timeout_sec=left)
+
     def _wait_for(self, stamp: int) -> bool:
         deadline = time.monotonic() + self._answer_seconds
         while stamp not in self._answered:
@@ -92,7 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m picopose_ros.demo.play", description=__doc__)
     parser.add_argument("bag", type=Path)
     parser.add_argument("--answer-seconds", type=float, default=60.0)
-    parser.add_argument("--no-masks", action="store_true", help="leave the segmentations out")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--no-masks", action="store_true", help="leave the segmentations out")
+    how.add_argument(
+        "--late", type=float, metavar="SPEED", help="one segmentation a second; seconds of the bag per second"
+    )
     args = parser.parse_args(argv)
     rclpy.init()
     try:
@@ -101,7 +136,11 @@ def main(argv: list[str] | None = None) -> int:
             if not player.wait_for_listeners():
                 print("nobody listens to the bag's topics", file=sys.stderr)
                 return 1
-            missing = player.play()
+            missing = 0
+            if args.late:
+                player.play_late(args.late)
+            else:
+                missing = player.play()
             if missing:
                 print(f"{missing} images had no answer in {args.answer_seconds:g} s", file=sys.stderr)
             player.destroy_node()

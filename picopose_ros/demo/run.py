@@ -14,17 +14,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
-from rclpy.serialization import deserialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
 from picopose_ros.demo.evaluate import Row, compare, honesty, names_kept, read_recording, table
+from picopose_ros.demo.late import LateFigures, answered_part, measure_late
 from picopose_ros.demo.masks import count_segments
 from picopose_ros.demo.objects import OBJECTS
 from picopose_ros.demo.pictures import write_pictures
@@ -52,6 +53,22 @@ STOP_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Where the masks come from.
+
+    Attributes:
+        kind: ``recorded``, those of the recording; ``own``, of this package's segmenter beside the node,
+            which sees the images alone; ``late``, of one image a second, late, and the node follows.
+        speed: of ``late``, seconds of the recording per second.
+        follow_rate: of ``late``, the node's parameter, Hz of the recording's clock.
+    """
+
+    kind: Literal["recorded", "own", "late"] = "recorded"
+    speed: float = 1.0
+    follow_rate: float = 10.0
+
+
+@dataclass(frozen=True)
 class DemoReport:
     """What the demo found out; see ``report.json``."""
 
@@ -65,6 +82,7 @@ class DemoReport:
     honesty: Consistency | None = None  # true errors against the covariances
     names: dict[str, list[str]] = field(default_factory=dict)  # true instance -> its published names
     segments: FoundCounts | None = None  # of the own segmenter, where it made the masks
+    late: LateFigures | None = None  # where masks were late; then rows are of the answered images
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,6 +97,7 @@ class DemoReport:
             "covariance": None if self.honesty is None else self.honesty.as_dict(),
             "names": self.names,
             "segments": None if self.segments is None else self.segments.as_dict(),
+            "late": None if self.late is None else self.late.as_dict(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
 
@@ -93,6 +112,7 @@ class Collector(Node):
     def __init__(self, segments: bool = False) -> None:
         super().__init__("demo_collector")
         self.detections: dict[int, bytes] = {}
+        self.answered_at: dict[int, float] = {}  # of a steady clock, s; the first answer to an image
         self.transforms: list[tuple[int, bytes]] = []
         self.segments: dict[int, bytes] = {}
         self.latency: dict[str, str] = {}
@@ -104,7 +124,15 @@ class Collector(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, depth)
 
     def _on_detections(self, raw: bytes) -> None:
-        self.detections[bags.stamp_of(deserialize_message(raw, Detection3DArray))] = raw
+        message = deserialize_message(raw, Detection3DArray)
+        stamp = bags.stamp_of(message)
+        self.answered_at.setdefault(stamp, time.monotonic())
+        before = self.detections.get(stamp)
+        if before is not None:  # late masks add what the first answer to an image said nothing of
+            found = deserialize_message(before, Detection3DArray).detections
+            message.detections = [*found, *message.detections]
+            raw = serialize_message(message)
+        self.detections[stamp] = raw
 
     def _on_segments(self, raw: bytes) -> None:
         self.segments[bags.stamp_of(deserialize_message(raw, SegmentArray))] = raw
@@ -202,6 +230,11 @@ def write_output_bag(source: Path, target: Path, collector: Collector) -> None:
                     writer.write_raw("/tf", recorded, transforms)
 
 
+def _frames(raw: bytes) -> list[str]:
+    """Child frames of a TFMessage."""
+    return [transform.child_frame_id for transform in deserialize_message(raw, TFMessage).transforms]
+
+
 def load_meshes(folder: Path) -> dict[str, ObjectMesh]:
     """The demo's meshes by class id."""
     return {spec.class_id: load_object(spec) for spec in discover_objects(folder)}
@@ -243,7 +276,7 @@ def run_node(
     out: Path,
     extra: Sequence[str] = (),
     domain: int | None = None,
-    own_masks: bool = False,
+    masks: Masks = Masks(),
 ) -> tuple[Collector, float, float]:
     """Start the node, play the bag into it, collect what it says.
 
@@ -252,7 +285,7 @@ def run_node(
         out: folder for the cache, the node's log and the output bag ``output/``.
         extra: further ROS arguments of the node.
         domain: ROS_DOMAIN_ID; one that hardly anybody else has if None.
-        own_masks: the segmenter of this package runs beside the node; the recording's masks are left out.
+        masks: where they come from.
 
     Returns:
         The collector, seconds until the node was ready, seconds of playing.
@@ -265,9 +298,12 @@ def run_node(
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     log = out / "node.log"
     rclpy.init(domain_id=domain)
+    own_masks, late = masks.kind == "own", masks.kind == "late"
     collector = Collector(own_masks)
     started = time.monotonic()
     player: subprocess.Popen[bytes] | None = None
+    if late:
+        extra = [*extra, "-p", "follow:=true", "-p", f"follow_rate:={float(masks.follow_rate)}"]
     commands = {"picopose_node": (node_command(files, out / "cache", extra), log)}
     if own_masks:
         command = segmenter_command(files, out / "cache", _for_both(extra))
@@ -284,7 +320,7 @@ def run_node(
             _wait_until_ready(process, commands[name][1], name)
         ready = time.monotonic()
         print(f"node ready after {ready - started:.1f} s; playing {files.bag}", flush=True)
-        options = ["--no-masks"] if own_masks else []
+        options = ["--no-masks"] if own_masks else ["--late", str(masks.speed)] if late else []
         player = subprocess.Popen(
             [sys.executable, "-m", "picopose_ros.demo.play", str(files.bag), *options], env=environment
         )
@@ -309,7 +345,7 @@ def run_demo(
     storage: str = "mcap",
     extra: Sequence[str] = (),
     domain: int | None = None,
-    own_masks: bool = False,
+    masks: Masks = Masks(),
 ) -> DemoReport:
     """Make the world if needed, run the node on it, compare, print, write pictures and ``report.json``.
 
@@ -319,7 +355,8 @@ def run_demo(
         seed: of the world.
         storage: of the bags.
         extra: further ROS arguments of the node.
-        domain, own_masks: see :func:`run_node`.
+        domain, masks: see :func:`run_node`. Of late masks the figures of the objects are over the images
+            that were answered.
 
     Raises:
         PicoPoseError: the world can't be rendered, or the node or the player failed.
@@ -329,14 +366,17 @@ def run_demo(
     with progress_bar(None, frames, "rendering the world", "frame") as bar:
         files = build_world(out, frames, seed, storage, lambda done, total: bar.update(done - bar.n))
     meshes = load_meshes(files.meshes)
-    collector, onboarding, playing = run_node(files, out, extra, domain, own_masks)
+    collector, onboarding, playing = run_node(files, out, extra, domain, masks)
     output = out / "output"
     write_output_bag(files.bag, output, collector)
 
     recording = read_recording(output, DETECTIONS_TOPIC)
-    rows = compare(
-        recording, meshes, files.visible, {name: made.seen_in_training for name, made in OBJECTS.items()}
-    )
+    asked, visible, late = recording, files.visible, None
+    if masks.kind == "late":
+        came = [(stamp, _frames(raw)) for stamp, raw in collector.transforms]
+        late = measure_late(recording, visible, came, collector.answered_at, masks.speed, masks.follow_rate)
+        asked, visible = answered_part(recording, visible)
+    rows = compare(asked, meshes, visible, {name: made.seen_in_training for name, made in OBJECTS.items()})
     transforms = sum(len(names) for names in recording.transforms.values())
     report = DemoReport(
         rows,
@@ -346,9 +386,10 @@ def run_demo(
         collector.latency,
         onboarding,
         playing,
-        honesty(recording, meshes, files.visible),
+        honesty(asked, meshes, visible),
         names_kept(recording, files.visible),
-        count_segments(files.bag, files.visible, collector.segments) if own_masks else None,
+        count_segments(files.bag, files.visible, collector.segments) if masks.kind == "own" else None,
+        late,
     )
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=2))
     pictures = write_pictures(output, recording, meshes, out / "pictures", IMAGE_TOPIC, CAMERA)
@@ -365,6 +406,12 @@ def run_demo(
             f"segments: {own.found} of {own.asked} instances found ({own.recall:.2f}), {own.missed} missed, "
             f"{own.false_per_image:.2f} false per image"
         )
+    if report.late is not None:
+        print(report.late)
+        every = rows[-1]
+        right = (every.recall, every.recall_05d, every.recall_02d)
+        told = " ".join(f"{share * every.instances / max(every.detected, 1):.2f}" for share in right)
+        print(f"of {every.detected} poses {told} are right to .1, .05 and .02 of the diameter")
     if report.honesty is not None:
         print(f"covariances: {report.honesty.pose}")
     print(f"report: {out / 'report.json'}\npictures: {pictures[-1]}\nbag: {output}")

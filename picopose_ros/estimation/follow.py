@@ -31,6 +31,7 @@ from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.least_squares import moved
 from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
 from picopose_ros.geometry.rectify import straighten
+from picopose_ros.templates.posed import PosedView
 
 __all__ = ["Comparer", "FollowSettings", "Followed", "Follower", "Image", "Nearest", "Status", "Verdict"]
 
@@ -42,6 +43,9 @@ _LONGEST_PREDICTION = 0.5
 
 _DISAGREE = 16.8
 """Squared Mahalanobis distance of two poses that happens once in a hundred times (6 degrees of freedom)."""
+
+_EXPLAINED = 0.75
+"""Overlap (IoU) of a mask with the silhouette of a followed object, from which on it says nothing new."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,51 @@ class Follower:
                 self._objects[key].image = rgb
         return keys
 
+    def unexplained(
+        self,
+        segments: Sequence[tuple[str, np.ndarray]],
+        stamp: float,
+        camera: CameraModel,
+        keys: Iterable[str] | None = None,
+    ) -> list[int]:
+        """Which masks of an image that was passed are worth a pose.
+
+        A mask that shows an object where it was followed to then says nothing new. Of the objects that all
+        the masks agree with, the one that was estimated longest ago is estimated again all the same.
+
+        Args:
+            segments: class id of a bank and mask (H, W) bool, as the camera saw it. stamp: of the image, s.
+            camera: of the image. keys: of the objects that count; None: all.
+
+        Returns:
+            Indices of the segments that are to be estimated, in order.
+        """
+        masks = straighten([mask for _, mask in segments], camera)
+        known = [self._objects[key] for key in (self._objects if keys is None else keys)]
+        known = [one for one in known if one.verdict is Verdict.FOLLOWED]
+        then = {one.key: before[0] for one in known if (before := self.pose_at(one.key, stamp))}
+        known = [one for one in known if one.key in then]
+        views = self.comparer.render([(one.pose.class_id, then[one.key]) for one in known]) if known else []
+        options = []
+        for one, view in zip(known, views):
+            if isinstance(view, PosedView):
+                whole = view.silhouette(camera.K, camera.height, camera.width)
+                for i, (class_id, _) in enumerate(segments):
+                    if class_id == one.pose.class_id:
+                        others = [mask for k, mask in enumerate(masks) if k != i]
+                        free = whole & ~np.any(others, 0) if others else whole
+                        overlap = (free & masks[i]).sum() / max((free | masks[i]).sum(), 1)
+                        options.append((overlap, i, one))
+        explained: dict[int, Target] = {}
+        for overlap, i, one in sorted(options, key=lambda option: -option[0]):
+            if overlap >= _EXPLAINED and i not in explained and one not in explained.values():
+                explained[i] = one
+        if explained:
+            del explained[min(explained, key=lambda i: explained[i].estimated)]
+        for one in explained.values():
+            one.seen = max(one.seen, stamp)
+        return [i for i in range(len(segments)) if i not in explained]
+
     def see(self, key: str, pose: ObjectPose, stamp: float, T_fixed_cam: np.ndarray | None = None) -> bool:
         """Take the pose that a mask gave; a new key begins to be followed.
 
@@ -180,7 +229,7 @@ class Follower:
         if one is None or one.verdict is Verdict.LOST:
             self._objects[key] = self._begun(key, pose, stamp, T_fixed_cam)
             return True
-        one.seen = max(one.seen, stamp)
+        one.seen, one.estimated = max(one.seen, stamp), max(one.estimated, stamp)
         before = self.pose_at(key, stamp)
         if before is None:
             if stamp > one.stamp:
@@ -271,27 +320,39 @@ class Follower:
     def carry(self, images: Sequence[Image], keys: Sequence[str]) -> list[Followed]:
         """Carry objects through images, oldest first, to the newest one, in as few steps as needed.
 
-        An object that can't be followed to the newest image at once goes through the one in the middle.
+        One that can't be followed to the newest image at once goes through the one in the middle, and so on.
+        The first shows how the others may have moved: it is often the camera that moves.
 
         Returns:
             One per object that is in the newest image or was lost on the way.
         """
         newest = images[-1]
         behind = [one for key in keys if (one := self._objects[key]).stamp < newest.stamp]
-        found = self._look(behind, *newest.read(), newest.stamp, newest.T_fixed_cam)
-        sure = {key: o for key, o in found.items() if o.score >= self.settings.followed}
-        results = self._commit(sure, newest.stamp, newest.T_fixed_cam)
-        for one in behind:
-            if one.key not in sure:
-                results += self._carry_one(one, images)
+        behind.sort(key=lambda one: -one.pose.confidence)
+        results: list[Followed] = []
+        first = None
+        while behind and first is None:
+            one = behind.pop(0)
+            results += self._carry_one(one, images)
+            if one.verdict is Verdict.FOLLOWED and one.stamp == newest.stamp:
+                first = one
+        if behind:
+            found = self._look(behind, *newest.read(), newest.stamp, newest.T_fixed_cam, first)
+            sure = {key: o for key, o in found.items() if o.score >= self.settings.followed}
+            results += self._commit(sure, newest.stamp, newest.T_fixed_cam)
+            for one in behind:
+                if one.key not in sure:
+                    results += self._carry_one(one, images)
         return results
 
     def _carry_one(self, one: Target, images: Sequence[Image]) -> list[Followed]:
-        """One that the newest image is too far away for: by way of the one in the middle, and so on."""
+        """One to the newest image, or by way of the one in the middle, and so on."""
         todo = [image for image in images if image.stamp > one.stamp]
         last: list[Followed] = []
+        reach = len(todo)
         while todo and not (last and last[0].verdict is Verdict.LOST):
-            reach = len(todo) // 2
+            # Not much further than it came the last time.
+            reach = min(len(todo) - 1, 2 * reach + 1)
             while True:
                 image = todo[reach]
                 outcomes = self._look([one], *image.read(), image.stamp, image.T_fixed_cam)
@@ -303,7 +364,7 @@ class Follower:
         return last
 
     def _begun(self, key: str, pose: ObjectPose, stamp: float, T_fixed_cam: np.ndarray | None) -> Target:
-        one = Target(key, pose, stamp, stamp, stamp, T_fixed_cam, sure=stamp)
+        one = Target(key, pose, stamp, stamp, stamp, T_fixed_cam, sure=stamp, estimated=stamp)
         one.history.append((stamp, pose.T_cam_obj, pose.covariance))
         return one
 
@@ -316,8 +377,15 @@ class Follower:
         one.history.append((stamp, T, pose.covariance))
         self._judge(one, Verdict.FOLLOWED, "", stamp)
 
-    def _tries(self, one: Target, stamp: float, T_fixed_cam: np.ndarray | None) -> list[Try]:
-        """Where an object is looked for: where its velocity takes it; a lost one where it was last, too."""
+    def _tries(
+        self,
+        one: Target,
+        stamp: float,
+        T_fixed_cam: np.ndarray | None,
+        other: tuple[Target, np.ndarray] | None = None,
+    ) -> list[Try]:
+        """Where an object is looked for: where its velocity takes it; a lost one where it was last, too, or
+        where it is now if it moved as another one did, whose pose now is given."""
         T, velocity = one.pose.T_cam_obj, one.velocity
         if T_fixed_cam is not None and one.T_fixed_cam is not None:
             motion = invert_transform(T_fixed_cam) @ one.T_fixed_cam
@@ -328,7 +396,10 @@ class Follower:
         spread = np.r_[np.full(3, (s.speed * ahead) ** 2), np.full(3, (s.spin * ahead) ** 2)]
         prior = one.pose.covariance + np.diag(spread + 1e-10)
         tries = [Try(one, moved(T, velocity * ahead), prior)]
-        if one.verdict is Verdict.LOST:
+        then = None if other is None or T_fixed_cam is not None else self.pose_at(other[0].key, one.stamp)
+        if then is not None:
+            T = other[1] @ invert_transform(then[0]) @ T
+        if (then is not None or one.verdict is Verdict.LOST) and not np.allclose(tries[0].T, T, atol=1e-3):
             tries.append(Try(one, T, prior))
         return tries
 
@@ -339,10 +410,28 @@ class Follower:
         camera: CameraModel,
         stamp: float,
         T_fixed_cam: np.ndarray | None,
+        moved_alike: Target | None = None,
     ) -> dict[str, Outcome]:
-        """The best outcome per object; changes nothing."""
+        """The best outcome per object; changes nothing.
+
+        Args:
+            moved_alike: has its pose of the stamp already, and the others may have moved as it did.
+        """
         rgb = straighten([rgb], camera)[0]
-        tries = [t for one in objects for t in self._tries(one, stamp, T_fixed_cam)]
+        tries: list[Try] = []
+        if moved_alike is not None:
+            now = moved_alike, moved_alike.pose.T_cam_obj
+            for one in objects:  # the last try is the one by that motion
+                tries.append(self._tries(one, stamp, T_fixed_cam, now)[-1])
+            return look(self.comparer, self.settings, tries, rgb, camera.K)
+        lost = [one for one in objects if one.verdict is Verdict.LOST]
+        for one in objects:
+            if one not in lost:
+                tries += self._tries(one, stamp, T_fixed_cam)
+        sure = [t for t in tries if t.target.verdict is Verdict.FOLLOWED]
+        best = max(sure, key=lambda t: t.target.pose.confidence, default=None)
+        for one in lost:
+            tries += self._tries(one, stamp, T_fixed_cam, None if best is None else (best.target, best.T))
         return look(self.comparer, self.settings, tries, rgb, camera.K)
 
     def _commit(
@@ -366,7 +455,6 @@ class Follower:
                 if usable:
                     reason += f", for more than {s.patience:g} s"
                 self._judge(one, Verdict.LOST, reason or one.reason, stamp)
-                one.view = None
                 if stamp - one.sure > s.recovery:
                     self._objects.pop(key, None)
             results.append(Followed(key, one.verdict, self._published(one, outcome), one.reason))

@@ -47,7 +47,7 @@ class FollowSettings:
         widened: factor on the covariance of what is uncertain.
     """
 
-    followed: float = 0.6
+    followed: float = 0.45
     uncertain: float = 0.3
     patience: float = 1.0
     recovery: float = 5.0
@@ -86,7 +86,8 @@ class Target:
         key: of it. pose: the last one that was believed. stamp: of that, s. seen: of the last mask.
         since: stamp from which on the verdict is so. T_fixed_cam: (4, 4) of the last pose's image, if known.
         velocity: (6,) motion per second, as of `moved`. verdict, reason: of the last image.
-        sure: stamp when it was last followed. view: the last rendering. history: stamp, pose, covariance.
+        estimated: stamp of the newest image whose mask gave a pose. sure: stamp when it was last followed.
+        view: the last rendering. history: stamp, pose, covariance.
         image: (H, W, 3) uint8, undistorted, in which it had the last pose; None: not kept.
     """
 
@@ -100,6 +101,7 @@ class Target:
     verdict: Verdict = Verdict.FOLLOWED
     reason: str = ""
     sure: float = 0.0
+    estimated: float = 0.0
     view: PosedView | None = None
     history: deque[tuple[float, np.ndarray, np.ndarray]] = field(
         default_factory=lambda: deque(maxlen=HISTORY)
@@ -109,11 +111,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Try:
-    """A pose at which an object is looked for."""
+    """A pose at which an object is looked for, and a rendering near to it if there is one."""
 
     target: Target
     T: np.ndarray
     prior: np.ndarray | None
+    view: PosedView | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,12 @@ class _Looking:
 
     def best(self, tries: Sequence[Try]) -> dict[str, Outcome]:
         """See `look`."""
-        tries = self._shifted(tries)
-        outcomes = self._round(tries)
+        shifted = self._shifted(tries)
+        outcomes = self._round(shifted)
+        # What looks alike may be something else: then it is where it was predicted.
+        least = self._settings.followed
+        astray = [i for i, o in enumerate(outcomes) if shifted[i] is not tries[i] and o.score < least]
+        outcomes += self._round([tries[i] for i in astray])
         again = {i: _again(o) for i, o in enumerate(outcomes) if self._needs_another(o)}
         for i, better in zip(again, self._round(list(again.values()))):
             # Judged from where it was looked for at first.
@@ -229,11 +236,11 @@ class _Looking:
         return outcomes
 
     def _views(self, tries: Sequence[Try]) -> list[PosedView | PicoPoseError]:
-        """Renderings at the poses; the last one of an object where that will do."""
-        views: list[PosedView | PicoPoseError | None] = [
-            one.target.view if _turned(one.target.view, one.T) < self._settings.reuse_deg else None
-            for one in tries
-        ]
+        """Renderings at the poses; those that there are where they will do."""
+        views: list[PosedView | PicoPoseError | None] = []
+        for one in tries:
+            known = min((one.view, one.target.view), key=lambda view: _turned(view, one.T))
+            views.append(known if _turned(known, one.T) < self._settings.reuse_deg else None)
         missing = [i for i, view in enumerate(views) if view is None]
         if missing:
             wanted = [(tries[i].target.pose.class_id, tries[i].T) for i in missing]
@@ -281,7 +288,7 @@ class _Looking:
 
 def _again(outcome: Outcome) -> Try:
     """From where a step led; what was known before is in it already."""
-    return Try(outcome.attempt.target, outcome.step.T_cam_obj, None)
+    return Try(outcome.attempt.target, outcome.step.T_cam_obj, None, outcome.view)
 
 
 def centre_of(pose: ObjectPose, T: np.ndarray) -> np.ndarray:

@@ -13,11 +13,8 @@ import numpy as np
 _SIDE = 40
 """Pixels of the longer side of the small images of the object."""
 
-_LEAST = 0.6
-"""Least correlation that is believed."""
-
-_BETTER = 0.05
-"""How much better than the predicted place another one must correlate."""
+_BELIEVED = ((0.6, 0.05), (0.4, 0.25))
+"""Correlations that are believed: the least, and how much better than at the predicted place it must be."""
 
 _LEAST_CONTRAST = 8
 """Grey levels between the darkest and the brightest pixel, below which there is nothing to correlate."""
@@ -63,7 +60,7 @@ def find_shift(
     row, column = np.unravel_index(score.argmax(), score.shape)
     centre = np.array(score.shape) // 2
     near = score[centre[0] - 1 : centre[0] + 2, centre[1] - 1 : centre[1] + 2].max()
-    if score[row, column] < max(_LEAST, near + _BETTER):
+    if not any(score[row, column] >= max(least, near + better) for least, better in _BELIEVED):
         return None
     return np.array([column - centre[1], row - centre[0]]) / scale
 

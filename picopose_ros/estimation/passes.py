@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from picopose_ros.model.config import GRIDS
 from picopose_ros.model.fast import Prepared, Refining, Schedule
 from picopose_ros.model.matching import patch_mask
 from picopose_ros.templates.bank import TemplateBank
+from picopose_ros.templates.posed import PosedView
 
 
 class Network:
@@ -92,6 +94,8 @@ class Network:
         # Half of the memory for the feature maps of many templates, half for the larger parts of the latest.
         self._maps: TemplateCache[Prepared] = TemplateCache(cache_bytes // 2)
         self._parts: TemplateCache[tuple[Tensor, ...]] = TemplateCache(cache_bytes // 2)
+        # As long as somebody keeps a view to use it again, its features are kept with it.
+        self._of_views: WeakKeyDictionary[PosedView, Prepared] = WeakKeyDictionary()
         self._take(banks)
 
     def with_banks(self, banks: Mapping[str, TemplateBank]) -> Network:
@@ -116,6 +120,14 @@ class Network:
         uploaded = self.upload(crops)
         with self._autocast():
             return self._encode(uploaded)
+
+    def encode_views(self, views: Sequence[PosedView]) -> Prepared:
+        """Features of views (B), in their order; those of a view that was encoded before are kept with it."""
+        new = [view for view in dict.fromkeys(views) if view not in self._of_views]
+        if new:
+            made = self.encode(np.stack([view.input for view in new]))
+            self._of_views.update(zip(new, made.split()))
+        return Prepared.join([self._of_views[view] for view in views])
 
     def _encode(self, crops: Tensor) -> Prepared:
         parts = []

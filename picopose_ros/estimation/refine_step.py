@@ -130,7 +130,7 @@ def refine_step(
             own = [crops.of(looks[i].mask) for i, _ in part]
             rows = torch.tensor([crop.row for crop in own], device=network.device)
             query = features.select(rows)
-            template = network.encode(np.stack([looks[i].view.input for i, _ in part]))
+            template = network.encode_views([looks[i].view for i, _ in part])
             patches = patch_masks(np.stack([looks[i].view.crop.mask for i, _ in part]))
             affines = network.upload(np.stack([affine for _, affine in part]).astype(np.float32))
             state = network.start(affines, network.upload(patches))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -172,6 +173,19 @@ class Following:
         found = self._follower.step(frame.rgb, frame.camera, pair.stamp * 1e-9, T_fixed_cam, keys)
         self._latencies.record({"follow": 1e3 * (time.monotonic() - started)})
         self._publish(found, pair, frame, p)
+
+    def only_new(self, frame: Frame, pair: Pair) -> Frame:
+        """A frame without the segments that show what was followed where it was followed to.
+
+        Those of an image that wasn't passed yet all stay: its answer is made of them.
+        """
+        if not self._follower or pair.epoch != self._epoch or not self._reset_at < pair.stamp <= self._newest:
+            return frame
+        classes = [self._engine.objects.class_of(segment.class_id) or "" for segment in frame.segments]
+        masks = [np.zeros_like(s.mask) if s.is_box else s.mask for s in frame.segments]
+        keys = self._followed(self._follower.status)
+        new = self._follower.unexplained(list(zip(classes, masks)), pair.stamp * 1e-9, frame.camera, keys)
+        return replace(frame, segments=[frame.segments[i] for i in new])
 
     def take(
         self, poses: list[ObjectPose], pair: Pair, frame: Frame, p: NodeParameters, spent: float

@@ -411,6 +411,8 @@ class PicoPoseNode(ManagedNode):
             return
         self._drops.report(*frame.bad)
         before = time.monotonic()
+        if p.follow:
+            frame = self._following.only_new(frame, pair)
         depth = None
         if self._listener.depths is not None:
             depth = self._listener.depths.find(pair.image, (frame.camera.width, frame.camera.height))

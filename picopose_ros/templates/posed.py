@@ -37,9 +37,11 @@ _NEAREST = 1.1
 """Least distance of a camera from the object's centre, in radii of the sphere around its bounding box."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PosedView:
     """A view like those of a bank, but from where the image's camera seems to see the object.
+
+    Two views are equal if they are the same one.
 
     The view's camera is the image's, turned by the least turn so that it looks at the centre of the object's
     bounding box, and zoomed so that the object is as large as in a template: if the pose is right, image and

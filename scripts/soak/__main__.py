@@ -49,6 +49,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--latency-only", action="store_true", help="the latency alone, of a node that is just started"
     )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="instead of all else: the node follows, --image-rate and --segmentation-rate apply",
+    )
     parser.add_argument("--frames", type=int, default=20, help="different images of the demo's world (20)")
     parser.add_argument("--meshes", type=Path, help="other meshes than the demo's, with --recording")
     parser.add_argument(
@@ -85,6 +90,7 @@ def main(argv: list[str]) -> int:
 
     # Only now: these import rclpy. The harness is the tests'.
     sys.path.append(str(ROOT / "test"))
+    import following
     import phases
     import report
     from node_harness import Client, NodeProcess
@@ -97,6 +103,8 @@ def main(argv: list[str]) -> int:
     if recording is None:
         meshes, recording = demo_world(folder / "world", args.frames)
     parameters = {"mesh_dir": meshes, "cache_dir": folder / "cache", "device": "cpu"}
+    if args.follow:
+        parameters["follow"] = True
     parameters |= dict(word.split(":=", 1) for word in args.parameter)
     views, node = load_views(recording), NodeProcess(folder, args.domain, f"/{NAMESPACE}", parameters)
     client = Client(args.domain, NAMESPACE)
@@ -105,7 +113,9 @@ def main(argv: list[str]) -> int:
     try:
         seconds = soak.start_node()
         soak.tell("node ready, objects onboarded", f"{seconds:.1f} s")
-        if not args.latency_only:
+        if args.follow:
+            following.follow(soak, args.duration)
+        elif not args.latency_only:
             phases.load(soak, args.duration)
             phases.publisher_dies(soak)
             phases.listener_dies(soak)
@@ -114,7 +124,8 @@ def main(argv: list[str]) -> int:
             soak.news()
             phases.exceptions(soak)
             phases.node_dies(soak)
-        phases.latency(soak, args.asks)
+        if not args.follow:
+            phases.latency(soak, args.asks)
         phases.exceptions(soak)
     except phases.SoakError as error:
         soak.tell("the soak ended early", str(error), "", False)

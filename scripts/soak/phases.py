@@ -168,7 +168,7 @@ def load(soak: Soak, duration: float) -> None:
         answered + dropped == len(sent),
     )
     soak.tell("answered twice", str(sum(n > 1 for n in client.answers.values())), "0", _once(client))
-    _memory(soak, memory)
+    memory_checks(soak, memory)
     waits = ", ".join(f"{stage} {value:.1f}" for stage, value in busy.items() if value is not None)
     soak.tell("median ms under load, waiting for the busy estimator included", waits)
 
@@ -177,7 +177,7 @@ def _once(client: Client) -> bool:
     return all(count == 1 for count in client.answers.values())
 
 
-def _memory(soak: Soak, memory: list[tuple[float, int]]) -> None:
+def memory_checks(soak: Soak, memory: list[tuple[float, int]]) -> None:
     """Growth from the 30 s after the warm-up to the last 30 s; all of it goes into ``memory.csv``."""
     lines = ["seconds,bytes", *(f"{moment:.1f},{size}" for moment, size in memory)]
     (soak.folder / "memory.csv").write_text("\n".join(lines) + "\n")
