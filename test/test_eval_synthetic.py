@@ -18,10 +18,11 @@ from test_docs import load_script
 from picopose_ros.cli.main import main
 from picopose_ros.estimator import EstimatorSettings, Hypothesis, PoseEstimator
 from picopose_ros.evaluation.benchmark import Benchmark
+from picopose_ros.evaluation.detection import benchmark_images
 from picopose_ros.evaluation.figures import bottleneck, figures, summarise
 from picopose_ros.evaluation.metrics import BopErrors, PoseErrors
 from picopose_ros.evaluation.records import PoseFigures, Record
-from picopose_ros.evaluation.scenes import make_scenes
+from picopose_ros.evaluation.scenes import KINDS, Kind, make_scenes
 from picopose_ros.evaluation.stages import (
     TrueMap,
     certainty_counts,
@@ -66,6 +67,15 @@ class Facts:
     group: str = "seen families"
     ambiguous: bool = False
     symmetric: bool = False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eval_detection_measures_on_the_same_scenes(box: ObjectMesh, kind: Kind) -> None:
+    images = list(benchmark_images([box], 2, 4, kind))
+    for image, scene in zip(images, make_scenes([box], 2, 4, kind), strict=True):
+        np.testing.assert_array_equal(image.rgb, scene.rgb)
+        assert len(image.truth) == len(image.poses) == len(scene.instances) > 0
+        np.testing.assert_array_equal(image.truth[0].mask, scene.instances[0].visible)
 
 
 def test_a_perfect_network_has_perfect_figures(box: ObjectMesh, bank: TemplateBank) -> None:

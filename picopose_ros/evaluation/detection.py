@@ -1,7 +1,8 @@
 """``picopose eval detection``: how many instances a segmentation finds, and how many poses survive it.
 
-On the benchmark's tables the same scenes go through the estimator with the true masks, with their boxes and
-with this package's segmenter. On a BOP dataset the segments are a detector's file or the segmenter's own.
+On the benchmark's scenes (tables by default) the same images go through the estimator with the true masks,
+with their boxes and with this package's segmenter. On a BOP dataset the segments are a detector's file or the
+segmenter's own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from picopose_ros.evaluation.found import (
 )
 from picopose_ros.evaluation.metrics import evaluation_points, match_by_position, pose_errors
 from picopose_ros.evaluation.report import write_atomically
-from picopose_ros.evaluation.scenes import make_scenes
+from picopose_ros.evaluation.scenes import Kind, make_scenes
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.model import load_model
 from picopose_ros.segmentation import Detection, Segment, bop_class_name, mask_roi, read_cnos
@@ -82,9 +83,9 @@ def box_segments(segments: Sequence[Segment]) -> list[Segment]:
     return boxes
 
 
-def table_images(meshes: Sequence[ObjectMesh], count: int, seed: int) -> Iterator[Image]:
-    """The benchmark's cluttered scenes."""
-    for scene in make_scenes(meshes, count, seed, "cluttered"):
+def benchmark_images(meshes: Sequence[ObjectMesh], count: int, seed: int, kind: Kind) -> Iterator[Image]:
+    """The benchmark's scenes."""
+    for scene in make_scenes(meshes, count, seed, kind):
         truth = [TrueInstance(one.class_id, one.visible, one.visib_fract) for one in scene.instances]
         yield Image(scene.rgb, scene.camera, truth, [one.T_cam_obj for one in scene.instances], [])
 
@@ -165,11 +166,14 @@ def _right_poses(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--meshes", type=Path, help="folder with one mesh per object: the benchmark's tables")
-    parser.add_argument("--scenes", type=positive, default=20, help="tables, or images of a dataset (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tables (0)")
+    parser.add_argument("--meshes", type=Path, help="folder with one mesh per object: the benchmark's scenes")
+    parser.add_argument("--scenes", type=positive, default=20, help="scenes, or images of a dataset (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
+    parser.add_argument(
+        "--kind", choices=("single", "cluttered"), default="cluttered", help="of scenes (cluttered: tables)"
+    )
     parser.add_argument("--root", type=Path, help="folder of BOP datasets")
-    parser.add_argument("--dataset", help="a BOP dataset instead of tables: lmo, tless, ...")
+    parser.add_argument("--dataset", help="a BOP dataset instead of scenes: lmo, tless, ...")
     parser.add_argument("--split", default="test", help="of the dataset (test)")
     parser.add_argument("--detections", type=Path, metavar="FILE.json", help="as CNOS writes it")
     parser.add_argument(
@@ -194,10 +198,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write the report.
 
     Raises:
-        ConfigError: neither or both of ``--meshes`` and ``--dataset``, or a detector's file for tables.
+        ConfigError: neither or both of ``--meshes`` and ``--dataset``, or a detector's file for scenes.
     """
     if (args.meshes is None) == (args.dataset is None):
-        raise ConfigError("give either --meshes, for tables, or --root and --dataset")
+        raise ConfigError("give either --meshes, for rendered scenes, or --root and --dataset")
     if args.dataset is not None and args.root is None:
         raise ConfigError("--dataset needs --root, the folder that the dataset lies in")
     if args.detections is not None and args.dataset is None:
@@ -213,7 +217,8 @@ def run(args: argparse.Namespace) -> int:
     meshes = _meshes(onboarding.banks, onboarding.specs)
     inputs = list(args.inputs)
     if dataset is None:
-        images, total = table_images(list(meshes.values()), args.scenes, args.seed), args.scenes
+        images = benchmark_images(list(meshes.values()), args.scenes, args.seed, args.kind)
+        total = args.scenes
     else:
         detections = {} if args.detections is None else read_cnos(args.detections)
         inputs += ["file"] * (args.detections is not None)
