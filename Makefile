@@ -13,7 +13,7 @@
 #   MASKS=own|late              `make demo` finds the masks itself; or gets them once a second and late, and follows (recorded)
 #   SPEED=0.5                   with MASKS=late, seconds of the recording per second (1)
 #   DEVICE=cuda                 what `make bench` measures (cpu)
-#   WORKERS=1                   test files that run at the same time (2)
+#   WORKERS=1                   test files that run at the same time (3: node tests wait more than they compute)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
 #   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
 #                               builds saves gigabytes
@@ -26,7 +26,7 @@ ROS ?= jazzy
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 DURATION ?= 600
 DEVICE ?= cpu
 MASKS ?= recorded

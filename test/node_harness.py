@@ -51,6 +51,8 @@ HEIGHT, WIDTH = 240, 320
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 CAMERA_FRAME = "camera_optical"
 DEADLINE = float(os.environ.get("PICOPOSE_TEST_DEADLINE", "240"))
+RESEND = 60.0
+"""Seconds after which the first request of a client of a service is taken for lost."""
 """Seconds a condition may take on a loaded machine; never slept through."""
 
 QUICK = {"device": "cpu", "viewpoints": 42, "hypotheses": 1, "refinements": 0}
@@ -545,15 +547,25 @@ class Client:
     def start_call(
         self, service: str, kind: type, request: object = None, timeout: float = DEADLINE
     ) -> Callable[..., Any]:
-        """Send a request; what comes back waits for the response."""
-        if service not in self._clients:
+        """Send a request; what comes back waits for the response.
+
+        A service that has not discovered the client's reader yet answers to nobody, though it is ready: the first
+        request of a client is sent again when nothing has come for long.
+        """
+        new = service not in self._clients
+        if new:
             self._clients[service] = self.node.create_client(kind, f"picopose_node/{service}")
         self.wait_for(self._clients[service].service_is_ready, f"the service {service}", timeout)
-        future = self._clients[service].call_async(kind.Request() if request is None else request)
+        request = kind.Request() if request is None else request
+        futures = [self._clients[service].call_async(request)]
+
+        def done() -> Any:
+            return next((future for future in futures if future.done()), None)
 
         def response(timeout: float = DEADLINE) -> Any:
-            self.wait_for(future.done, f"the answer of the service {service}", timeout)
-            return future.result()
+            if new and not self.wait(done, min(timeout, RESEND)):
+                futures.append(self._clients[service].call_async(request))
+            return self.wait_for(done, f"the answer of the service {service}", timeout).result()
 
         return response
 

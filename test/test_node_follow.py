@@ -257,6 +257,17 @@ class Finder:
         self._action = ActionClient(client.node, FindObject, "picopose_node/find_object")
         client.wait_for(self._action.server_is_ready, "the action find_object")
 
+    def answers(self) -> bool:
+        """Whether a goal that ends at once is answered, and so is the question for its result.
+
+        A server that has not discovered the client's readers yet answers to nobody, though it is ready.
+        """
+        goal = FindObject.Goal(class_id="block", min_score=1.0, timeout=Duration(nanosec=50_000_000))
+        taken = self._action.send_goal_async(goal)
+        if not self._client.wait(taken.done, 5.0):
+            return False
+        return bool(self._client.wait(taken.result().get_result_async().done, 5.0))
+
     def ask(self, **goal: Any) -> Goal:
         """Send a goal; waits until it is taken or refused."""
         feedback: list[FindObject.Feedback] = []
@@ -292,7 +303,9 @@ class Goal:
 
 @pytest.fixture(scope="module")
 def finder(client: Client) -> Finder:
-    return Finder(client)
+    finder = Finder(client)
+    assert any(finder.answers() for _ in range(20))
+    return finder
 
 
 def test_an_object_is_found_when_its_poses_agree(client: Client, film: Film, finder: Finder) -> None:
