@@ -51,9 +51,9 @@ HEIGHT, WIDTH = 240, 320
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 CAMERA_FRAME = "camera_optical"
 DEADLINE = float(os.environ.get("PICOPOSE_TEST_DEADLINE", "240"))
+"""Seconds a condition may take on a loaded machine; never slept through."""
 RESEND = 60.0
 """Seconds after which the first request of a client of a service is taken for lost."""
-"""Seconds a condition may take on a loaded machine; never slept through."""
 
 QUICK = {"device": "cpu", "viewpoints": 42, "hypotheses": 1, "refinements": 0}
 """Parameters of a node that is soon ready."""
@@ -549,8 +549,8 @@ class Client:
     ) -> Callable[..., Any]:
         """Send a request; what comes back waits for the response.
 
-        A service that has not discovered the client's reader yet answers to nobody, though it is ready: the first
-        request of a client is sent again when nothing has come for long.
+        A service that has not discovered the client's reader yet answers to nobody, though it is ready: the
+        first request of a client is sent again when nothing has come for long.
         """
         new = service not in self._clients
         if new:
