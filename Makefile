@@ -116,10 +116,11 @@ lint: setup
 colcon: setup
 	scripts/check_colcon.sh $(VENV)
 
+# Files in their own order: by default those with few tests come last, and these are the long ones.
 test: setup
 	$(VENV)/bin/ruff check .
 	scripts/check_colcon.sh $(VENV)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # FastSAM's package is AGPL-3.0: it is for these tests alone, and no part of the environment.
 plugins: setup
