@@ -391,7 +391,9 @@ def test_a_recording_that_starts_over_is_followed_anew(node: NodeProcess, client
         stamp = send(1, film.scene(0.0))
         client.send_segments(film.scene(0.0).segments, stamp)
         assert list(positions(client.detections(stamp))) == ["block_0"]
-        assert list(positions(client.detections(send(2, film.scene(0.0))))) == ["block_0"]
+        last = send(2, film.scene(0.0))
+        assert list(positions(client.detections(last))) == ["block_0"]
+        client.transforms(last, 1)
     assert node.alive
 
 

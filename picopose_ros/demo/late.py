@@ -8,12 +8,7 @@ from typing import Any
 
 from picopose_ros.demo.evaluate import Recording, names_in_turn
 from picopose_ros.demo.world import SEGMENTATION_DELAY
-
-MASK_PERIOD = 1_000_000_000
-"""ns of the images' clock between two segmentations."""
-
-_EARLY = 0.9
-"""Share of the period of ``follow_rate`` after which the node takes the next image."""
+from picopose_ros.estimation.follow_look import EARLY
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def _allowed(stamps: Sequence[int], rate: float) -> int:
     """As many of the stamps (ns, sorted) as are at least a period of a rate (Hz) apart."""
     count, last = 0, None
     for stamp in stamps:
-        if last is None or stamp - last >= _EARLY * 1e9 / rate:
+        if last is None or stamp - last >= EARLY * 1e9 / rate:
             count, last = count + 1, stamp
     return count
 

@@ -21,12 +21,13 @@ from sensor_msgs.msg import CameraInfo, Image
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 
-from picopose_ros.demo.late import MASK_PERIOD
 from picopose_ros.messages import bags
 from picopose_ros.msg import SegmentArray
 
 TYPES = {bags.IMAGE: Image, bags.CAMERA_INFO: CameraInfo, bags.SEGMENTS: SegmentArray, bags.TF: TFMessage}
 DISCOVERY_SECONDS = 30.0
+MASK_PERIOD = 1_000_000_000
+"""Of late masks, ns of the images' clock between two segmentations."""
 QUIET_SECONDS = 15.0
 """Without a new answer, after which none is expected any more."""
 

@@ -21,6 +21,9 @@ from picopose_ros.templates.posed import PosedView
 HISTORY = 256
 """Poses of an object that are remembered, for masks that come late."""
 
+EARLY = 0.9
+"""Share of the period of ``follow_rate`` after which the next image is taken: stamps are not even."""
+
 
 class Verdict(Enum):
     """What following an object has come to."""

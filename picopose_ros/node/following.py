@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from picopose_ros.estimation.follow import Followed, Follower, Image, Verdict
+from picopose_ros.estimation.follow_look import EARLY
 from picopose_ros.estimator import ObjectPose
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.instances import NamedPose
@@ -23,8 +24,6 @@ from picopose_ros.node.listener import Listener
 from picopose_ros.node.pairing import Pair, format_stamp
 from picopose_ros.node.parameters import NodeParameters
 
-_EARLY = 0.9
-"""Share of the period of ``follow_rate`` after which the next image is taken: stamps are not even."""
 _REMEMBERED = 200
 """Images of which it is known what was published: late masks add what is missing there."""
 
@@ -81,17 +80,26 @@ class Following:
         self._follow_nothing()
         self._newest, self._reset_at, self._published = 0, 0, {}
 
-    def leave(self, pair: Pair) -> bool:
-        """Follow nothing any more; whether the masks of an image are still to be answered.
+    def awaits(self, pair: Pair, p: NodeParameters) -> bool:
+        """Whether the masks of an image are to be answered; those that are not are counted.
 
-        Those of an image up to the newest that was followed are not: transforms would go back in time.
+        Masks of an image that had come before a reset would bring back what was to be forgotten. Where
+        ``follow`` was set to false, those of an image up to the newest that was followed would take
+        transforms back in time; with the first later one everything that is followed is forgotten.
         """
-        if pair.epoch == self._epoch and pair.stamp <= self._newest:
+        said = ""
+        if p.follow:
+            if pair.epoch < self._epoch:
+                said = "from before the images' time started over"
+            elif pair.epoch == self._epoch and pair.stamp <= self._reset_at:
+                said = "of an image that had come before the reset"
+        elif pair.epoch == self._epoch and pair.stamp <= self._newest:
             said = "of an image that was followed before the parameter follow was set to false"
+        else:
+            self.forget()
+        if said:
             self._drops.record(DropReason.CLEARED, f"segmentation {format_stamp(pair.stamp)} is {said}")
-            return False
-        self.forget()
-        return True
+        return not said
 
     def reset(self) -> None:
         """Follow nothing until masks of a later image come; images stay answered in order."""
@@ -161,7 +169,7 @@ class Following:
         if not images or images[-1].epoch != self._epoch:
             return
         pair = images[-1]
-        if pair.stamp - self._newest < _EARLY * 1e9 / p.follow_rate:
+        if pair.stamp - self._newest < EARLY * 1e9 / p.follow_rate:
             return
         started = time.monotonic()
         self._use_objects()
@@ -179,7 +187,7 @@ class Following:
 
         Those of an image that wasn't passed yet all stay: its answer is made of them.
         """
-        if not self._follower or pair.epoch != self._epoch or not self._reset_at < pair.stamp <= self._newest:
+        if not self._follower or pair.epoch != self._epoch or pair.stamp > self._newest:
             return frame
         classes = [self._engine.objects.class_of(segment.class_id) or "" for segment in frame.segments]
         masks = [np.zeros_like(s.mask) if s.is_box else s.mask for s in frame.segments]
@@ -192,19 +200,13 @@ class Following:
     ) -> None:
         """Take the poses that a segmentation gave, and carry them to the newest image.
 
-        They are published for their own image if no later one was answered yet. Masks of an image that had
-        come before a reset are dropped: they would bring back what was to be forgotten.
+        They are published for their own image if no later one was answered yet.
 
         Args:
-            poses: of the image. pair, frame: the image. spent: seconds that the estimate took.
+            poses: of the image, whose masks were awaited (`awaits`). pair, frame: the image.
+            spent: seconds that the estimate took.
         """
-        if pair.epoch < self._epoch:
-            return
         self._use_time(pair.epoch)
-        if pair.stamp <= self._reset_at:
-            said = f"segmentation {format_stamp(pair.stamp)} is of an image that had come before the reset"
-            self._drops.record(DropReason.CLEARED, said)
-            return
         self._use_objects()
         self._forget_unseen(pair.stamp * 1e-9 - p.instance_timeout)
         stamp, follower = pair.stamp * 1e-9, self._follower

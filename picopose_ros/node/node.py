@@ -404,6 +404,8 @@ class PicoPoseNode(ManagedNode):
     def _process(self, pair: Pair) -> None:
         started = time.monotonic()
         p, engine = self._settings, self._engine
+        if not self._following.awaits(pair, p):
+            return
         try:
             frame = self._reader.read(pair.image, pair.camera_info, pair.segmentation)
         except FrameRefused as refused:
@@ -427,8 +429,6 @@ class PicoPoseNode(ManagedNode):
         self._drops.report(*judged.dropped)
         if p.follow:
             self._following.take(judged.poses, pair, frame, p, after - before)
-        elif not self._following.leave(pair):
-            return
         else:
             tracked_ids = [frame.segments[pose.segment].tracked_id for pose in judged.poses]
             answer = self._answers.publish(judged.poses, pair, p, tracked_ids, after - before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from statistics import median
 
 from phases import PATIENCE, Soak, SoakError, memory_checks
@@ -18,13 +17,8 @@ def follow(soak: Soak, duration: float) -> None:
     publisher = soak.publisher()
     if not client.wait(lambda: publisher.new_stamps and client.answers, PATIENCE):
         raise SoakError("nothing was answered")
-    before, started = len(client.answers), time.monotonic()
-    memory: list[tuple[float, int]] = []
-    while (now := time.monotonic() - started) < duration:
-        if not soak.node.alive:
-            raise SoakError(f"the node ended while it followed; see {soak.node.log_path}")
-        memory.append((now, soak.node.resident_bytes()))
-        client.wait(lambda: False, min(1.0, max(duration - now, 0.05)))
+    before = len(client.answers)
+    memory = soak.memory_over(duration)
     publisher.stop()
     answered, masks = len(client.answers) - before, len(publisher.new_stamps)
     image = soak.views[0].image

@@ -122,6 +122,17 @@ class Soak:
             raise SoakError(f"the node ended; see {self.node.log_path}")
         return time.monotonic() - started
 
+    def memory_over(self, duration: float) -> list[tuple[float, int]]:
+        """Wait for so many seconds; what the node's memory was meanwhile: seconds, bytes, one a second."""
+        memory: list[tuple[float, int]] = []
+        started = time.monotonic()
+        while (now := time.monotonic() - started) < duration:
+            if not self.node.alive:
+                raise SoakError(f"the node ended under load; see {self.node.log_path}")
+            memory.append((now, self.node.resident_bytes()))
+            self.client.wait(lambda: False, min(1.0, max(duration - now, 0.05)))
+        return memory
+
     def news(self) -> None:
         """Wait for diagnostics that were sent from now on."""
         self.client.forget_diagnostics()
@@ -135,15 +146,9 @@ def load(soak: Soak, duration: float) -> None:
     client = soak.client
     before_dropped, before_answered = sum(client.dropped().values()), len(client.answers)
     publisher = soak.publisher()
-    memory: list[tuple[float, int]] = []
     if not client.wait(lambda: publisher.new_stamps, PATIENCE):
         raise SoakError("the publisher sent nothing")
-    started = time.monotonic()
-    while (now := time.monotonic() - started) < duration:
-        if not soak.node.alive:
-            raise SoakError(f"the node ended under load; see {soak.node.log_path}")
-        memory.append((now, soak.node.resident_bytes()))
-        client.wait(lambda: False, min(1.0, max(duration - now, 0.05)))
+    memory = soak.memory_over(duration)
     soak.news()
     busy = {stage: client.latency(stage) for stage in LAYER}
     publisher.stop()
