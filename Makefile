@@ -47,7 +47,7 @@ PINS := requirements/core.txt requirements/dev.txt requirements/training.txt req
 INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
 	$(wildcard msg/* srv/* action/* launch/* config/* scripts/picopose* scripts/segmenter_node plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
 
-# The messages are generated while torch is being downloaded.
+# The messages are generated while pip installs the rest.
 MAKEFLAGS += --jobs=2
 
 # A sourced ROS, or a shell that the Python of another environment started, must not leak into this one.
@@ -70,7 +70,12 @@ $(STAMPS)/python: scripts/check_system.sh
 	"$(PYTHON)" -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/packages: $(PINS) $(STAMPS)/python
+# ROS first: its messages are generated while pip goes on. Two pips must not work on one environment at the same time.
+$(STAMPS)/ros: requirements/$(ROS).txt requirements/dev.txt $(STAMPS)/python
+	$(PIP) --no-deps --requirement requirements/$(ROS).txt --constraint requirements/dev.txt cmake ninja
+	@touch $@
+
+$(STAMPS)/packages: $(PINS) $(STAMPS)/ros
 	$(PIP) --no-deps $(PINS:%=--requirement %)
 	@touch $@
 
@@ -79,7 +84,7 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/packages
 	$(PIP) --constraint requirements/core.txt $(TORCH_INDEX:%=--extra-index-url %) --requirement $<
 	@touch $@
 
-$(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/packages
+$(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/ros
 	scripts/build_interfaces.sh $(VENV) build/interfaces/$(ROS)
 	@touch $@
 

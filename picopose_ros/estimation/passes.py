@@ -121,12 +121,26 @@ class Network:
         with self._autocast():
             return self._encode(uploaded)
 
-    def encode_views(self, views: Sequence[PosedView]) -> Prepared:
-        """Features of views (B), in their order; those of a view that was encoded before are kept with it."""
+    def encode_views(self, views: Sequence[PosedView], crops: np.ndarray | None = None) -> Prepared | None:
+        """Encode views, each once as long as it is kept, and crops (B, 3, 224, 224) in the same pass.
+
+        Returns:
+            The features of the crops, in their order; None if there are none. Those of the views: `views`.
+        """
         new = [view for view in dict.fromkeys(views) if view not in self._of_views]
+        inputs = [] if crops is None else [crops]
         if new:
-            made = self.encode(np.stack([view.input for view in new]))
-            self._of_views.update(zip(new, made.split()))
+            inputs.append(np.stack([view.input for view in new]))
+        if not inputs:
+            return None
+        made = self.encode(np.concatenate(inputs))
+        count = 0 if crops is None else len(crops)
+        self._of_views.update(zip(new, made.select(slice(count, None)).split()))
+        return made.select(slice(0, count)) if count else None
+
+    def views(self, views: Sequence[PosedView]) -> Prepared:
+        """Features of views (B), in their order; they are kept with each view."""
+        self.encode_views(views)
         return Prepared.join([self._of_views[view] for view in views])
 
     def _encode(self, crops: Tensor) -> Prepared:

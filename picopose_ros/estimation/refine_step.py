@@ -124,13 +124,13 @@ def refine_step(
     if not ready:
         return steps
     with torch.inference_mode():
-        features = _encoded(network, crops, known)
+        features = _encoded(network, crops, known, [looks[i].view for i, _ in ready])
         for start in range(0, len(ready), network.max_pairs):
             part = ready[start : start + network.max_pairs]
             own = [crops.of(looks[i].mask) for i, _ in part]
             rows = torch.tensor([crop.row for crop in own], device=network.device)
             query = features.select(rows)
-            template = network.encode_views([looks[i].view for i, _ in part])
+            template = network.views([looks[i].view for i, _ in part])
             patches = patch_masks(np.stack([looks[i].view.crop.mask for i, _ in part]))
             affines = network.upload(np.stack([affine for _, affine in part]).astype(np.float32))
             state = network.start(affines, network.upload(patches))
@@ -179,10 +179,15 @@ class _Crops:
         return self._made
 
 
-def _encoded(network: Network, crops: _Crops, known: Mapping[int, Prepared]) -> Prepared:
-    """Features of all crops in the order of their rows; those of ``known`` masks aren't computed again."""
+def _encoded(
+    network: Network, crops: _Crops, known: Mapping[int, Prepared], views: Sequence[PosedView]
+) -> Prepared:
+    """Features of all crops in the order of their rows; those of ``known`` masks aren't computed again.
+
+    The views are encoded in the same pass.
+    """
     new = [crop.input for key, crop in crops.all().items() if key not in known]
-    made = network.encode(np.stack(new)) if new else None
+    made = network.encode_views(views, np.stack(new) if new else None)
     if made is not None and len(new) == len(crops.all()):
         return made
     each = iter([] if made is None else made.split())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import cv2
@@ -107,10 +108,13 @@ class Reprojections:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
         uv, by_motion = projected(arm, T_cam_obj[:3, 3], self.K)
-        modes = np.zeros((len(uv), 2, 0))
-        if self.scale_sigma and len(uv):
-            modes = (self.scale_sigma / self.sigma) * (self.uv - self.uv.mean(0))[..., None]
-        return Linearised((uv - self.uv) / self.sigma, by_motion / self.sigma, modes)
+        return Linearised((uv - self.uv) / self.sigma, by_motion / self.sigma, self._modes)
+
+    @cached_property
+    def _modes(self) -> np.ndarray:
+        if not (self.scale_sigma and len(self.uv)):
+            return np.zeros((len(self.uv), 2, 0))
+        return (self.scale_sigma / self.sigma) * (self.uv - self.uv.mean(0))[..., None]
 
 
 @dataclass(frozen=True)
@@ -238,9 +242,13 @@ class Prior:
     together: float = field(default=1.0, init=False)
     cutoff: float = field(default=np.inf, init=False)
 
+    @cached_property
+    def _whiten(self) -> np.ndarray:
+        return np.linalg.inv(np.linalg.cholesky(self.covariance))
+
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
-        whiten = np.linalg.inv(np.linalg.cholesky(self.covariance))
+        whiten = self._whiten
         off = pose_error(self.T_cam_obj, T_cam_obj)
         by_motion = np.eye(6)
         by_motion[3:, 3:] = _left_jacobian_inverse(off[3:])
