@@ -20,6 +20,7 @@ from picopose_ros.demo.world import (
     build_world,
 )
 from picopose_ros.estimation.follow import Follower, Verdict
+from picopose_ros.estimation.threads import choose_threads
 from picopose_ros.estimator import PoseEstimator
 from picopose_ros.messages import bags
 from picopose_ros.messages.images import image_to_rgb
@@ -32,9 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="the demo's folder (build/demo)")
     parser.add_argument("--objects", type=int, nargs="+", default=(1, 2, 4, 7), help="how many (1 2 4 7)")
     parser.add_argument("--images", type=int, default=30, help="of the recording (30)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (0: as many as the node would take)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     files = build_world(args.out)
     estimator = PoseEstimator.from_mesh_dir(files.meshes, cache_dir=args.out / "cache", hypotheses=2)
@@ -42,6 +42,11 @@ def main() -> None:
         images = [image_to_rgb(m, IMAGE_TOPIC) for _, _, m in reader.messages([IMAGE_TOPIC])][: args.images]
         _, _, message = next(iter(reader.messages([SEGMENTATION_TOPIC])))
     segments = segments_from_message(message, CAMERA.height, CAMERA.width, SEGMENTATION_TOPIC)[0]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    else:
+        choose_threads(lambda: estimator.estimate(images[0], CAMERA, segments[:1]))
+    print(f"{torch.get_num_threads()} threads", flush=True)
     print("| objects | answered | ms per image | of the processor | images per second |")
     print("| --- | --- | --- | --- | --- |")
     for count in args.objects:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,3 +130,23 @@ def test_presets_share_their_stages() -> None:
     assert sum(p.numel() for p in vitl.parameters()) == 380_905_417 - 5_845_441 - (1370 - 257) * 1024
     with pytest.raises(ConfigError, match=", ".join(PRESETS)):
         preset("huge")
+
+
+COMPILER = """
+import sys
+import torch
+import picopose_ros.node.node
+from picopose_ros.model import load_model
+load_model("tiny")
+assert "torch._dynamo" not in sys.modules, "the compiler was imported"
+doubled = torch.compile(lambda x: 2 * x, backend="eager")
+assert doubled(torch.ones(2)).tolist() == [2.0, 2.0] and "torch._dynamo" in sys.modules
+from torchvision.ops import nms, roi_align
+assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu")
+"""
+
+
+def test_torchs_compiler_is_imported_when_it_is_used() -> None:
+    """Its import takes a processor longer than all the others of the node."""
+    done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

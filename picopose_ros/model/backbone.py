@@ -72,7 +72,7 @@ class ConvNetBackbone(nn.Module):
         self.conv = conv
         self._taps = [conv.feature_info.info[i]["stage"] - 1 for i in (1, 2, 3)]
         self.patch = nn.Conv2d(config.conv_dims[-1], dim, 1)
-        self.pos_embed = nn.Parameter(torch.randn(1, GRIDS[0] ** 2, dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.empty(1, GRIDS[0] ** 2, dim).normal_(std=0.02))
         block = timm.models.vision_transformer.Block
         self.blocks = nn.ModuleList([block(dim, config.heads, mlp_ratio=3.0) for _ in range(config.depth)])
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from picopose_ros.errors import CheckpointError
 from picopose_ros.model.backbone import ViTBackbone
@@ -237,8 +238,20 @@ def load_model(
 
 def model_without_weights(config: ModelConfig) -> PicoPose:
     """A network without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return PicoPose(config)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random numbers are not drawn for what has no memory: torch would import its compiler for that."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.endswith(("normal_", "uniform_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def save_model(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.estimation.threads import choose_threads
 from picopose_ros.estimator import EstimateResult, EstimatorSettings, PoseEstimator, encode_by
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.messages.answers import Judged, judge
@@ -156,4 +157,7 @@ class Engine:
         K = np.array([[600.0, 0, width / 2], [0, 600.0, height / 2], [0, 0, 1]])
         segment = Segment(class_id=next(iter(self.objects.banks)), score=1.0, mask=mask)
         self._estimator.warm_up()
-        self._estimator.estimate(rgb, CameraModel(K, width, height, "", ()), [segment])
+        camera = CameraModel(K, width, height, "", ())
+        self._estimator.estimate(rgb, camera, [segment])
+        if self.device == "cpu":
+            choose_threads(lambda: self._estimator.estimate(rgb, camera, [segment]))
