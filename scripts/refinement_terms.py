@@ -23,7 +23,7 @@ from scipy.stats import chi2
 
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
-from picopose_ros.estimation.refine_step import Look, refine_step
+from picopose_ros.estimation.refine_step import RIM, Look, refine_step
 from picopose_ros.evaluation.metrics import ADD_SHARES, pose_errors
 from picopose_ros.evaluation.report import table
 from picopose_ros.evaluation.scenes import Scene, SceneInstance, make_scenes
@@ -92,7 +92,8 @@ def refined(
         if not isinstance(view, PosedView):
             return None
         shown = view.silhouette(K, *mask.shape) if number else mask
-        (step,) = refine_step(network, scene.rgb, K, [Look(view, T, shown, mask, depth=depth)], True, weights)
+        look = Look(view, T, shown, mask, depth=depth, rim=RIM if number else 0.0)
+        (step,) = refine_step(network, scene.rgb, K, [look], True, weights)
         if step is None:
             return None
         T, covariance = step.T_cam_obj, step.covariance

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import rclpy
@@ -101,13 +102,15 @@ class Player(Node):
             first = recorded if first is None else first
             self._spin_until(begun + (recorded - first) * 1e-9 / speed)
             self._publishers_by_topic[connection.topic].publish(bytes(raw))
+        # The first answer waits for an estimate of everything in the image.
+        self._spin_until(time.monotonic() + self._answer_seconds, lambda: bool(self._answered))
         answered = -1
         while len(self._answered) > answered:
             answered = len(self._answered)
             self._spin_until(time.monotonic() + QUIET_SECONDS)
 
-    def _spin_until(self, moment: float) -> None:
-        while (left := moment - time.monotonic()) > 0:
+    def _spin_until(self, moment: float, done: Callable[[], bool] = lambda: False) -> None:
+        while (left := moment - time.monotonic()) > 0 and not done():
             rclpy.spin_once(self, timeout_sec=left)
 
     def _wait_for(self, stamp: int) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.estimation.follow_shift import find_shift
-from picopose_ros.estimation.refine_step import Look, Step
+from picopose_ros.estimation.refine_step import RIM, Look, Step
 from picopose_ros.estimation.results import ObjectPose
 from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
 from picopose_ros.templates.posed import PosedView
@@ -230,7 +230,7 @@ class _Looking:
             if free.sum() < self._settings.visible * whole.sum():
                 outcomes[i] = Outcome(own, "another object covers it", covered=True)
                 continue
-            looks[i] = Look(views[i], own.T, free, None, own.prior)
+            looks[i] = Look(views[i], own.T, free, None, own.prior, rim=RIM)
         for i, step in zip(looks, self._comparer.compare(self._rgb, self._K, list(looks.values()))):
             if step is None:
                 outcomes[i] = Outcome(tries[i], "the image doesn't show it where it should be")

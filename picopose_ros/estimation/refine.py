@@ -15,7 +15,7 @@ import numpy as np
 from picopose_ros.errors import PicoPoseError
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
-from picopose_ros.estimation.refine_step import Look, Step, refine_step
+from picopose_ros.estimation.refine_step import RIM, Look, Step, refine_step
 from picopose_ros.geometry.depth import reliable_depth
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model.fast import Prepared
@@ -151,7 +151,13 @@ def _steps(
         given = mask is not None and number == 0
         shown = mask if given else silhouette
         looks[key] = Look(
-            view, T, shown, mask, depth=depths.of(mask), features=task.features if given else None
+            view,
+            T,
+            shown,
+            mask,
+            depth=depths.of(mask),
+            features=task.features if given else None,
+            rim=0.0 if given else RIM,
         )
     for key, step in zip(looks, refine_step(network, rgb, K, list(looks.values()), blacken, weights)):
         if step is None:
