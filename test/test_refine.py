@@ -16,7 +16,7 @@ from picopose_ros.errors import ConfigError, ImageError
 from picopose_ros.estimation import refine as refine_module
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
-from picopose_ros.estimation.refine_step import Look, Step
+from picopose_ros.estimation.refine_step import Look, Step, grown
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
 from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.geometry.least_squares import moved
@@ -137,6 +137,31 @@ def test_without_segments_the_silhouettes_are_the_masks(world: World) -> None:
     result = world.estimator.refine(world.rgb, CAMERA, world.poses())
     assert result.unrefined == []
     assert world.misses(result.poses)[0] < 0.06
+
+
+def test_a_silhouette_that_is_too_small_does_not_hide_the_objects_edge(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poses too far away come back: the network sees more than their silhouettes. Without a rim it doesn't."""
+    poses = world.poses(np.zeros(6))
+    away = [np.r_[0.05 * pose.T_cam_obj[:3, 3], 0, 0, 0] for pose in poses]
+    far = [replace(pose, T_cam_obj=moved(pose.T_cam_obj, by)) for pose, by in zip(poses, away)]
+    assert world.misses(far)[2] > 0.045
+    with_rim = world.misses(world.estimator.refine(world.rgb, CAMERA, far).poses)[2]
+    monkeypatch.setattr(refine_module, "RIM", 0.0)
+    without = world.misses(world.estimator.refine(world.rgb, CAMERA, far).poses)[2]
+    assert with_rim < 0.005 and with_rim < 0.7 * without
+
+
+def test_a_mask_grows_by_a_share_of_its_longer_side_inside_the_image() -> None:
+    mask = np.zeros((60, 80), bool)
+    mask[20:40, 0:50] = True
+    larger = grown(mask, 0.1)  # by 5 px
+    rows, columns = np.flatnonzero(larger.any(1)), np.flatnonzero(larger.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (15, 44, 0, 54)
+    assert larger[mask].all() and not larger[15, 54], "corners are round"
+    assert grown(mask, 0.001) is mask
+    assert not grown(np.zeros_like(mask), 0.1).any()
 
 
 def test_a_lens_is_taken_out_first(world: World) -> None:
