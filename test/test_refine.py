@@ -142,7 +142,7 @@ def test_without_segments_the_silhouettes_are_the_masks(world: World) -> None:
 def test_a_silhouette_that_is_too_small_does_not_hide_the_objects_edge(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Poses too far away come back: the network sees more than their silhouettes. Without a rim it doesn't."""
+    """Poses too far away come back: the network sees more than their silhouettes."""
     poses = world.poses(np.zeros(6))
     away = [np.r_[0.05 * pose.T_cam_obj[:3, 3], 0, 0, 0] for pose in poses]
     far = [replace(pose, T_cam_obj=moved(pose.T_cam_obj, by)) for pose, by in zip(poses, away)]
