@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from picopose_ros.errors import ConfigError, SegmentError
-from picopose_ros.geometry.crops import CropBox
+from picopose_ros.estimation.settings import resolve_precision
+from picopose_ros.geometry.crops import CropBox, crop_box_from_mask, crop_rgb
 from picopose_ros.model import PicoPose, load_model
 from picopose_ros.segmentation.matching import (
     Match,
@@ -255,6 +256,19 @@ def test_another_backend_encodes_proposals_too(
 
     monkeypatch.setattr(model, "encoder", other)
     assert TemplateMatcher(model, banks).encode(crops).shape == (9, 128, 256) and sum(seen) == 9
+
+
+def test_in_half_precision_descriptors_are_the_same(
+    model: PicoPose, banks: dict[str, TemplateBank], scene: Any
+) -> None:
+    try:
+        half = resolve_precision("bf16", torch.device("cpu"))
+    except ConfigError:  # the environment forbids it
+        half = torch.float32
+    crops = np.stack([crop_rgb(scene.rgb, crop_box_from_mask(s.mask)) for s in scene.segments])
+    full, found = (TemplateMatcher(model, banks, dtype=d).encode(crops) for d in (torch.float32, half))
+    assert found.dtype == torch.float32
+    assert (full * found).sum(1).mean() > 0.99
 
 
 def test_nothing_proposed_is_nothing_found(

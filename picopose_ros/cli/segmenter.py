@@ -60,6 +60,7 @@ def add_proposal_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segment and print; 1 if nothing was found."""
     from picopose_ros.cli.estimate import read_rgb
+    from picopose_ros.estimation.settings import resolve_precision
     from picopose_ros.estimator import encode_by, torch_device
     from picopose_ros.model import load_model
     from picopose_ros.segmentation import segments_to_json
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.meshes, model, args.viewpoints, args.unit, args.cache_dir
     banks = onboard(*folder, device, True, args.shading).banks
     settings = MatchSettings(min_score=args.min_score, per_class=args.per_class)
-    segmenter = Segmenter(model, banks, propose, args.proposals == "builtin", settings, device)
+    search, dtype = args.proposals == "builtin", resolve_precision("auto", device)
+    segmenter = Segmenter(model, banks, propose, search, settings, device, dtype)
     found = segmenter.segment(Picture(rgb))
     if found.problem:
         print(f"some proposals can't be used: {found.problem}", file=sys.stderr)

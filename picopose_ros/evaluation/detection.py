@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from picopose_ros.arguments import add_onboarding_arguments, positive
 from picopose_ros.errors import ConfigError
+from picopose_ros.estimation.settings import resolve_precision
 from picopose_ros.estimator import PoseEstimator, torch_device
 from picopose_ros.evaluation.bop.dataset import BopDataset
 from picopose_ros.evaluation.found import (
@@ -227,7 +228,8 @@ def run(args: argparse.Namespace) -> int:
     settings = MatchSettings(min_score=args.min_score, per_class=args.per_class)
     propose = proposal_source(args.proposals, SourceOptions(args.proposal_weights, device=str(device)))
     search = args.proposals == "builtin"
-    segmenter = Segmenter(model, onboarding.banks, propose, search, settings, device)
+    dtype = resolve_precision("auto", torch_device(device))
+    segmenter = Segmenter(model, onboarding.banks, propose, search, settings, device, dtype)
     estimator = None
     if not args.no_poses:
         estimator = PoseEstimator(model, onboarding.banks, device=device)

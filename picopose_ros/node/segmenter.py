@@ -17,6 +17,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from vision_msgs.msg import Detection2DArray
 
 from picopose_ros.errors import ConfigError, ImageError, PicoPoseError
+from picopose_ros.estimation.settings import resolve_precision
 from picopose_ros.estimator import encode_by
 from picopose_ros.messages.build import segments_message
 from picopose_ros.messages.detections import boxes_without_class
@@ -134,7 +135,9 @@ class SegmenterNode(ManagedNode):
             folder = MeshFolder(p.mesh_dir, p.unit, p.viewpoints, p.cache_dir, p.shading)
             self._objects = folder.load(model, device, self._on_progress)
             search = p.segmenter_proposals == "builtin"
-            self._segmenter = Segmenter(model, self._objects.banks, propose, search, p.matching, device)
+            dtype = resolve_precision(p.precision, torch.device(device))
+            banks = self._objects.banks
+            self._segmenter = Segmenter(model, banks, propose, search, p.matching, device, dtype)
 
         worker = self._worker = NewestWorker(
             load, self._process, self._drops.record_crash, order=lambda look: look.received

@@ -129,6 +129,7 @@ class TemplateMatcher:
     Args:
         model: in evaluation mode. banks: by class id, made with it.
         settings: the defaults if None. device: of the network.
+        dtype: what crops are encoded in.
     """
 
     def __init__(
@@ -137,9 +138,11 @@ class TemplateMatcher:
         banks: Mapping[str, TemplateBank],
         settings: MatchSettings | None = None,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings or MatchSettings()
         self.device = torch.device(device)
+        self._dtype = dtype
         self._model = model.to(self.device).eval()
         self._encode = self._model.describer()
         self._objects = {name: self._object(bank) for name, bank in banks.items()}
@@ -155,7 +158,8 @@ class TemplateMatcher:
 
     def encode(self, crops: np.ndarray) -> Tensor:
         """Descriptors (P, C, 256) float32 of crops (P, 3, 224, 224) float32."""
-        with torch.inference_mode():
+        half = self._dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self._dtype, enabled=half):
             parts = torch.from_numpy(crops).split(BATCH)
             return torch.cat([self._encode(part.to(self.device)).float() for part in parts])
 

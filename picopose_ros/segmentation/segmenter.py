@@ -41,7 +41,7 @@ class Segmenter:
         propose: the proposal source.
         search: also look where the banks' surfaces are, see `BankSearch`.
         settings: of the matching; the defaults if None.
-        device: of the network.
+        device: of the network. dtype: what crops are encoded in.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class Segmenter:
         search: bool = True,
         settings: MatchSettings | None = None,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.matcher = TemplateMatcher(model, banks, settings, device)
+        self.matcher = TemplateMatcher(model, banks, settings, device, dtype)
         self._propose = propose
         self._search = BankSearch(self.matcher) if search and banks else None
 
