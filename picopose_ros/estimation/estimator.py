@@ -206,7 +206,8 @@ class PoseEstimator:
             lambda query, own: self._choose(query, own, camera),
             (lambda tasks: self._refine(rgb, camera, tasks, rounds, depth)) if rounds else None,
             self._calibration,
-            features,
+            # Those of the released schedule are of another form.
+            features if isinstance(features, Prepared) else None,
         )
         clock.lap("refine")
         poses: list[ObjectPose] = []

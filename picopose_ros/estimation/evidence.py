@@ -19,7 +19,7 @@ from picopose_ros.templates.posed import PosedView
 
 _REACHES = (0.06, 0.03)
 """How far from the contour an edge is looked for, in turn, as a share of the crop's side. A third look with
-the shorter reach changed no recall of 60 scenes by more than one pose, and took 8 % of a round."""
+the shorter reach raised no recall of 60 scenes by more than one pose, and took 8 % of a round."""
 _DEPTH_CUTOFFS = (20.0, 3.0)
 """Of the depths, in turn: the first brings a pose near whose depth is off by centimetres."""
 _LEAST_REACH_PX = 3.0

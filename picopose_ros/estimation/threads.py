@@ -11,51 +11,42 @@ import torch
 
 _logger = logging.getLogger(__name__)
 
+_ALL = torch.get_num_threads()
+"""As many as PyTorch would use; later on it says what was set."""
 _TURNS = 3
 _WORTH = 0.85
 """More threads are taken if they need at most this share of the time: others (rendering, solving, the rest of
 the machine) want cores as well."""
 _LONG = 1.0
-"""Seconds of a pass that needs no second turn."""
+"""Seconds of a pass with all threads from which on they are worth it, and other numbers not measured."""
 
 
-def choose_threads(run: Callable[[], object], most: int | None = None) -> dict[int, float]:
-    """Let PyTorch use as many threads as make ``run`` fastest.
+def choose_threads(run: Callable[[], object]) -> None:
+    """Let PyTorch use as many threads as make ``run``, a pass through the network, fastest.
 
     PyTorch takes a thread per processor. Where two of these share a core, or a pass is short, threads wait
     for each other longer than they compute. To be called by the thread that the network is to run on. Does
     nothing where the environment variable OMP_NUM_THREADS has decided.
-
-    Args:
-        run: a pass through the network.
-        most: threads; None: as many as PyTorch uses now.
-
-    Returns:
-        Seconds per pass by number of threads, as far as it was measured.
     """
-    most = torch.get_num_threads() if most is None else most
-    if most < 2 or os.environ.get("OMP_NUM_THREADS"):
-        return {}
-    seconds: dict[int, float] = {}
-    best, count = 1, 1
-    while True:
-        torch.set_num_threads(count)
-        seconds[count] = _least(run)
+    if _ALL < 2 or os.environ.get("OMP_NUM_THREADS"):
+        return
+    seconds = {_ALL: _least(run, _ALL)}
+    if seconds[_ALL] > _LONG:
+        return
+    counts = [2**k for k in range((_ALL - 1).bit_length())]
+    seconds |= {count: _least(run, count) for count in counts}
+    best = 1
+    for count in [*counts[1:], _ALL]:
         if seconds[count] <= _WORTH * seconds[best]:
             best = count
-        if count == most:
-            break
-        count = min(2 * count, most)
     torch.set_num_threads(best)
-    said = ", ".join(f"{1e3 * one:.0f} ms with {n}" for n, one in seconds.items())
-    _logger.info(
-        "the network runs in %d threads: a pass takes %s; OMP_NUM_THREADS overrides this", best, said
-    )
-    return seconds
+    said = ", ".join(f"{1e3 * seconds[n]:.0f} ms with {n}" for n in sorted(seconds))
+    _logger.info("the network runs in %d threads: a pass takes %s (OMP_NUM_THREADS fixes it)", best, said)
 
 
-def _least(run: Callable[[], object]) -> float:
-    """Least time of some turns, s; the first one sets things up and doesn't count."""
+def _least(run: Callable[[], object], threads: int) -> float:
+    """Least time of some turns with so many threads, s; the first one sets things up and doesn't count."""
+    torch.set_num_threads(threads)
     run()
     found = float("inf")
     for _ in range(_TURNS):

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from picopose_ros.estimation.refine import Refined, Task
 from picopose_ros.estimator import Choice, EstimatorSettings, Hypothesis, PoseEstimator, Query
-from picopose_ros.geometry.cameras import CameraModel
 from picopose_ros.model import Features, PicoPose
 from picopose_ros.model.fast import Schedule
 from picopose_ros.model.offsets import lookup_volume
@@ -55,17 +53,6 @@ class ReleasedEstimator(PoseEstimator):
         parts = [self.model.encode(part) for part in crops.split(CHUNK)]
         taps = tuple(torch.cat(levels) for levels in zip(*(part.taps for part in parts)))
         return Features(taps, torch.cat([part.descriptors for part in parts]))
-
-    def _refine(
-        self,
-        rgb: np.ndarray,
-        camera: CameraModel,
-        tasks: Sequence[Task],
-        rounds: int,
-        depth: np.ndarray | None,
-    ) -> list[Refined | str]:
-        # Refinement is ours in any case: its features are prepared, which those of a query here are not.
-        return super()._refine(rgb, camera, [replace(t, features=None) for t in tasks], rounds, depth)
 
     def _scores(self, queries: Sequence[Query], features: Features) -> list[torch.Tensor]:
         scores = []
