@@ -406,8 +406,11 @@ def test_what_a_planner_hears_is_in_order(planner: Planner) -> None:
     assert not twice and len(answers) > 20
     said = {(stamp, one.id): one.results[0].pose.pose.position for stamp, one in answers}
     sent = [(bags.stamp_of(t), t.child_frame_id) for t in transforms]
-    assert max(Counter(sent).values()) == 1 and set(sent) == set(said)
-    for transform, key in zip(transforms, sent):
+    # The node may discover one of the planner's two subscriptions after its first answer.
+    first = {sent[0][0], answers[0][0]}
+    missed = set(sent) ^ set(said)
+    assert max(Counter(sent).values()) == 1 and {stamp for stamp, _ in missed} <= first
+    for transform, key in ((transform, key) for transform, key in zip(transforms, sent) if key in said):
         assert transform.header.frame_id == "camera_optical"
         assert transform.transform.translation.x == pytest.approx(said[key].x, abs=1e-9)
     for name in {name for _, name in sent}:
