@@ -4,11 +4,17 @@ Follows instances of the demo through its recording, as the node does but withou
 poses that the first image's masks give.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import argparse
 import time
 from pathlib import Path
+
+from picopose_ros.libraries import settle_threads
+
+settle_threads()  # as the node does, before NumPy is loaded
 
 import numpy as np
 import torch

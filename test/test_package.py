@@ -129,6 +129,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "tf_names": set(),
     "launching": {"errors"},
+    "libraries": set(),
     "files": {"errors"},
     "progress": set(),
     "geometry": BASE,
@@ -146,8 +147,8 @@ ROOMS: dict[str, set[str]] = {
     "training": BASE | {"arguments", "geometry", "model", "templates", "segmentation", "synthetic"},
     "evaluation": CORE | {"arguments", "synthetic"},
     "demo": CORE | {"messages", "arguments", "synthetic", "evaluation"},
-    "cli": CORE | {"messages", "arguments", "synthetic", "training", "evaluation", "demo"},
-    "node": CORE | {"messages"},
+    "cli": CORE | {"messages", "arguments", "synthetic", "training", "evaluation", "demo", "libraries"},
+    "node": CORE | {"messages", "libraries"},
 }
 # Imports that go up or sideways and are on their way out: this list only gets shorter.
 EXCEPTIONS = {

@@ -292,7 +292,8 @@ def test_worker_handles_the_newest_and_hands_back_what_it_replaced() -> None:
 
 def test_worker_keeps_the_newer_of_two_that_wait_whichever_came_later() -> None:
     """A pair that waited in vain for its camera_info comes after newer ones, and must not push them out."""
-    pairs = [Pair(stamp, "image", "info", "masks", 0.0, epoch) for stamp, epoch in ((9, 0), (5, 0), (1, 1))]
+    seen = ((9, 0), (5, 0), (1, 1))
+    pairs = [Pair(stamp, "image", "info", "masks", 0.0, 0.0, epoch) for stamp, epoch in seen]
     worker: NewestWorker[Pair] = NewestWorker(
         lambda: None, lambda pair: None, lambda error: None, order=lambda pair: pair.order
     )  # never started: nothing takes the item away

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from picopose_ros.libraries import settle_threads
+
 
 @dataclass(frozen=True)
 class Command:
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 done but not for everything, 2 wrong arguments or input (one line on stderr
             says what), 130 interrupted.
     """
+    settle_threads()
     argv = list(sys.argv[1:] if argv is None else argv)
     return _dispatch("picopose", "6D poses of known objects from one image and their masks.", COMMANDS, argv)
 

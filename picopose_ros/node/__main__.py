@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from picopose_ros.libraries import settle_threads
+
 if TYPE_CHECKING:
     from picopose_ros.node.lifecycle import ManagedNode
 
@@ -60,6 +62,7 @@ def main(args: Sequence[str] | None = None, names: Sequence[str] = ("picopose_no
     """
     stop = StopRequest()
     stop.install()
+    settle_threads()
     # Broken images are told once, by this package; OpenCV would tell of every one.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.

@@ -435,7 +435,8 @@ class PicoPoseNode(ManagedNode):
         done = time.monotonic()
         self._latencies.record(
             {
-                "queue": 1e3 * (started - pair.received),
+                "pair": 1e3 * (pair.made - pair.received),
+                "queue": 1e3 * (started - pair.made),
                 "decode": 1e3 * (before - started),
                 "estimate": 1e3 * (after - before),
                 "publish": 1e3 * (done - after),

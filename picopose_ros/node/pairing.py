@@ -35,7 +35,8 @@ class Pair:
 
     Attributes:
         stamp: of the image, ns.
-        received: when the segmentation came (monotonic s).
+        received: when the segmentation came, or the image where there is none (monotonic s).
+        made: when the last of the three came (monotonic s).
         epoch: how often time had started over before.
     """
 
@@ -44,6 +45,7 @@ class Pair:
     camera_info: Any
     segmentation: Any
     received: float
+    made: float
     epoch: int = 0
 
     @property
@@ -167,7 +169,7 @@ class StampPairing:
             hurried = self._infos_are_stamped and now - image.received < INFO_PATIENCE
             payload = info.payload if info is not None else None if hurried else self._newest_info
             if payload is not None:
-                found.append(Pair(own, image.payload, payload, None, image.received, self.epoch))
+                found.append(Pair(own, image.payload, payload, None, image.received, now, self.epoch))
         return found
 
     def expire(self, now: float) -> list[Pair]:
@@ -231,9 +233,8 @@ class StampPairing:
             if image is None or info is None or (own_info is None and hurried):
                 still.append((stamp, segmentation))
                 continue
-            pairs.append(
-                Pair(stamp, image.payload, info, segmentation.payload, segmentation.received, self.epoch)
-            )
+            received = segmentation.received
+            pairs.append(Pair(stamp, image.payload, info, segmentation.payload, received, now, self.epoch))
         self._waiting = still
         self.counts.pairs += len(pairs)
         return pairs

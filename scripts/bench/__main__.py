@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from picopose_ros.libraries import settle_threads
+
 if TYPE_CHECKING:  # what needs torch comes after the command line was understood
     from measure import Options
 
@@ -88,6 +90,7 @@ def up_to_date(name: str, options: Options) -> bool:
 
 def main(args: argparse.Namespace) -> int:
     """Measure what is missing, then write the document."""
+    settle_threads()  # as the node and the command line do
     import torch
     from document import read_parts, say_targets, write_document, write_report
     from measure import Options

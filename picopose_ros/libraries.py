@@ -1,0 +1,22 @@
+"""How the numerical libraries of a process use its processors."""
+
+from __future__ import annotations
+
+import os
+
+_FEW = 4
+"""Processors up to which a thread of OpenMP that has nothing to do had better sleep."""
+
+
+def settle_threads() -> None:
+    """Let no idle thread of a numerical library keep a processor busy; to be called before NumPy is loaded.
+
+    OpenBLAS, which NumPy and SciPy use, and OpenMP, which PyTorch uses, have threads that wait for the next
+    piece of work in a loop. Where there are few processors they take the time of rendering, of decoding and
+    of the executor: with two, one followed object takes 1.6 times as long. NumPy's matrices are small here,
+    so one thread is enough for them. The environment variables OPENBLAS_NUM_THREADS and OMP_WAIT_POLICY,
+    where they are set, are left as they are.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if (os.cpu_count() or 1) <= _FEW:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

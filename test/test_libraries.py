@@ -1,0 +1,54 @@
+"""What numerical libraries do with the processors of a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(program: str, **environment: str) -> str:
+    """What a program of Python prints in a process of its own, with these variables and none of a maker's."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=inherited | environment)
+    return done.stdout.strip()
+
+
+SETTLE = """
+import os
+from picopose_ros.libraries import settle_threads
+os.cpu_count = lambda: {processors}
+settle_threads()
+"""
+
+COUNT = """
+import numpy as np
+np.ones((600, 600)) @ np.ones((600, 600))
+print(len(os.listdir("/proc/self/task")))
+"""
+
+TELL = 'print(os.environ["OPENBLAS_NUM_THREADS"], os.environ.get("OMP_WAIT_POLICY"))'
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="not Linux")
+def test_numpy_has_no_thread_that_waits() -> None:
+    assert run(SETTLE.format(processors=2) + COUNT) == "1"
+
+
+def test_idle_threads_sleep_where_processors_are_few() -> None:
+    assert run(SETTLE.format(processors=2) + TELL) == "1 PASSIVE"
+    assert run(SETTLE.format(processors=16) + TELL) == "1 None"
+
+
+def test_the_environment_decides() -> None:
+    chosen = {"OPENBLAS_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert run(SETTLE.format(processors=2) + TELL, **chosen) == "3 ACTIVE"
+
+
+@pytest.mark.parametrize("module", ["picopose_ros.node.__main__", "picopose_ros.cli.main"])
+def test_it_comes_before_numpy(module: str) -> None:
+    """A library reads the variables when it is loaded."""
+    assert run(f"import sys, {module}; print('numpy' in sys.modules)") == "False"
