@@ -4,8 +4,6 @@ Follows instances of the demo through its recording, as the node does but withou
 poses that the first image's masks give.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import argparse
@@ -13,24 +11,6 @@ import time
 from pathlib import Path
 
 from picopose_ros.libraries import settle_threads
-
-settle_threads()  # as the node does, before NumPy is loaded
-
-import numpy as np
-import torch
-
-from picopose_ros.demo.world import (
-    CAMERA,
-    IMAGE_TOPIC,
-    SEGMENTATION_TOPIC,
-    build_world,
-)
-from picopose_ros.estimation.follow import Follower, Verdict
-from picopose_ros.estimation.threads import choose_threads
-from picopose_ros.estimator import PoseEstimator
-from picopose_ros.messages import bags
-from picopose_ros.messages.images import image_to_rgb
-from picopose_ros.messages.segmentations import segments_from_message
 
 
 def main() -> None:
@@ -41,6 +21,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30, help="of the recording (30)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (0: as many as the node would take)")
     args = parser.parse_args()
+    settle_threads()  # as the node does, before NumPy is loaded
+    import numpy as np
+    import torch
+
+    from picopose_ros.demo.world import (
+        CAMERA,
+        IMAGE_TOPIC,
+        SEGMENTATION_TOPIC,
+        build_world,
+    )
+    from picopose_ros.estimation.follow import Follower, Verdict
+    from picopose_ros.estimation.threads import choose_threads
+    from picopose_ros.estimator import PoseEstimator
+    from picopose_ros.messages import bags
+    from picopose_ros.messages.images import image_to_rgb
+    from picopose_ros.messages.segmentations import segments_from_message
+
     args.out.mkdir(parents=True, exist_ok=True)
     files = build_world(args.out)
     estimator = PoseEstimator.from_mesh_dir(files.meshes, cache_dir=args.out / "cache", hypotheses=2)

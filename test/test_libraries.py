@@ -33,7 +33,6 @@ print(len(os.listdir("/proc/self/task")))
 TELL = 'print(os.environ["OPENBLAS_NUM_THREADS"], os.environ.get("OMP_WAIT_POLICY"))'
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="not Linux")
 def test_numpy_has_no_thread_that_waits() -> None:
     assert run(SETTLE.format(processors=2) + COUNT) == "1"
 
@@ -48,7 +47,18 @@ def test_the_environment_decides() -> None:
     assert run(SETTLE.format(processors=2) + TELL, **chosen) == "3 ACTIVE"
 
 
-@pytest.mark.parametrize("module", ["picopose_ros.node.__main__", "picopose_ros.cli.main"])
-def test_it_comes_before_numpy(module: str) -> None:
-    """A library reads the variables when it is loaded."""
-    assert run(f"import sys, {module}; print('numpy' in sys.modules)") == "False"
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("picopose_ros.node.__main__", ["--ros-args", "-p", "no parameter"]), ("picopose_ros.cli.main", [])],
+)
+def test_it_comes_before_numpy(module: str, arguments: list[str]) -> None:
+    """A library reads the variables when it is loaded; both programs end at once with these arguments."""
+    start = f"""
+import os, sys
+from contextlib import suppress
+from {module} import main
+assert "numpy" not in sys.modules
+with suppress(SystemExit):
+    main({arguments})
+"""
+    assert run(start + TELL).splitlines()[-1].startswith("1 ")

@@ -71,6 +71,7 @@ def test_segmentation_may_come_before_its_image_and_camera_info(reports: Reports
     assert pairing.add_image(FRAME, "image", 0.1) == []
     (pair,) = pairing.add_camera_info(FRAME, "info", 0.2)
     assert (pair.image, pair.camera_info, pair.segmentation) == ("image", "info", "masks")
+    assert (pair.received, pair.made) == (0.0, 0.2)
     pairing.expire(10.0)
     assert reports == []
 

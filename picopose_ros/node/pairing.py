@@ -36,7 +36,7 @@ class Pair:
     Attributes:
         stamp: of the image, ns.
         received: when the segmentation came, or the image where there is none (monotonic s).
-        made: when the last of the three came (monotonic s).
+        made: when they were put together (monotonic s).
         epoch: how often time had started over before.
     """
 

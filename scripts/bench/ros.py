@@ -31,9 +31,8 @@ def ros(options: Options) -> Found:
     told = [what for what in checks if "median" in what or "ready" in what]
     rows = [[what, checks[what]["found"]] for what in told]
     note = (
-        "The real node over DDS on this machine, images of 640x480 at 30 Hz, four segments, `tiny`, 5 "
-        "hypotheses; one segmentation at a time, .1 s after its image, so that nobody waits for a busy "
-        "estimator. "
+        "The real node over DDS on this machine, images of 640x480 at 30 Hz, four segments, `tiny`; one "
+        "segmentation at a time, .1 s after its image, so that nobody waits for a busy estimator. "
         "`python scripts/soak --latency-only` does it."
     )
     title = "The node end to end"

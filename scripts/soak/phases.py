@@ -80,18 +80,17 @@ class Soak:
         return next(self._next_view)
 
     def ask(self, ahead: float = 0.0) -> float | None:
-        """Milliseconds until a good frame was answered, or None if it was not in time.
+        """Milliseconds from a good frame's segmentation to its answer, or None if it was not in time.
 
         Args:
             ahead: seconds that image and camera_info are sent before the segmentation.
         """
         view, stamp = self.view(), time.time_ns()
+        self.client.image.publish(stamped(view.image, stamp))
+        self.client.camera_info.publish(stamped(view.camera_info, stamp))
+        time.sleep(ahead)
         started = time.monotonic()
-        for topic, publisher in self.client.publishers.items():
-            if topic == "segmentation":
-                time.sleep(ahead)
-                started = time.monotonic()
-            publisher.publish(stamped(getattr(view, topic), stamp))
+        self.client.segmentation.publish(stamped(view.segmentation, stamp))
         if not self.client.wait(lambda: stamp in self.client.answers, PATIENCE):
             return None
         return 1e3 * (time.monotonic() - started)
