@@ -125,7 +125,7 @@ colcon: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	scripts/check_colcon.sh $(VENV)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # FastSAM's package is AGPL-3.0: it is for these tests alone, and no part of the environment.
 plugins: setup

@@ -39,7 +39,7 @@ class Clock:
         (lambda n: 0.1 / n, 6, 6, {1, 2, 4, 6}),
         (lambda n: 0.1, 4, 1, {1, 2, 4}),
         (lambda n: 0.1 + 0.05 * n, 2, 1, {1, 2}),
-        (lambda n: 0.1 if n == 1 else 0.092, 2, 1, {1, 2}),  # not worth a core
+        (lambda n: 0.1 if n == 1 else 0.097, 2, 1, {1, 2}),  # not worth a core
         (lambda n: 0.1 / min(n, 2), 8, 2, {1, 2, 4, 8}),
     ],
 )

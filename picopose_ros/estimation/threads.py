@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 _ALL = torch.get_num_threads()
 """As many as PyTorch would use; later on it says what was set."""
 _TURNS = 3
-_WORTH = 0.85
+_WORTH = 0.95
 """More threads are taken if they need at most this share of the time: others (rendering, solving, the rest of
 the machine) want cores as well."""
 _LONG = 1.0
