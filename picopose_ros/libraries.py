@@ -13,9 +13,9 @@ def settle_threads() -> None:
 
     OpenBLAS, which NumPy and SciPy use, and OpenMP, which PyTorch uses, have threads that wait for the next
     piece of work in a loop. Where there are few processors they take the time of rendering, of decoding and
-    of the executor: with two, one followed object took 1.7 times as long or more. NumPy's matrices are small here,
-    so one thread is enough for them. The environment variables OPENBLAS_NUM_THREADS and OMP_WAIT_POLICY,
-    where they are set, are left as they are.
+    of the executor: with two, one followed object took at least 1.7 times as long. NumPy's matrices are small
+    here, so one thread is enough for them. The environment variables OPENBLAS_NUM_THREADS and
+    OMP_WAIT_POLICY, where they are set, are left as they are.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if (os.cpu_count() or 1) <= _FEW:
