@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picopose_ros.errors import CheckpointError, ConfigError, MeshError, PicoPoseError
+from picopose_ros.libraries import importing
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +190,8 @@ def load_estimator(args: argparse.Namespace) -> PoseEstimator:
     Raises:
         PicoPoseError: names the option whose value can't be used.
     """
-    from picopose_ros.estimator import PoseEstimator
+    with importing():
+        from picopose_ros.estimator import PoseEstimator
 
     settle_unit(args)
     _check_network(args)
@@ -230,7 +232,8 @@ def load_network(args: argparse.Namespace) -> tuple[PicoPose, torch.device]:
     Raises:
         PicoPoseError: names the option whose value can't be used.
     """
-    from picopose_ros.model import load_model
+    with importing():
+        from picopose_ros.model import load_model
 
     device = _check_network(args)
     with blaming("--weights", CheckpointError):
@@ -238,8 +241,9 @@ def load_network(args: argparse.Namespace) -> tuple[PicoPose, torch.device]:
 
 
 def _check_network(args: argparse.Namespace) -> torch.device:
-    from picopose_ros.estimator import torch_device
-    from picopose_ros.model import preset
+    with importing():
+        from picopose_ros.estimator import torch_device
+        from picopose_ros.model import preset
 
     with blaming("--preset"):
         preset(args.preset)

@@ -16,6 +16,7 @@ import pytest
 from node_harness import next_domain
 
 from picopose_ros.demo import world as world_module
+from picopose_ros.demo.__main__ import main
 from picopose_ros.demo.evaluate import (
     Detected,
     Recording,
@@ -375,6 +376,12 @@ def test_a_node_that_cannot_start_ends_the_demo_with_its_reason(folder: Path, fi
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "missing.safetensors" in done.stderr and "does not exist" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file" / "demo")]) == 2
+    assert f"--out {tmp_path / 'file' / 'demo'} can't be made: Not a directory" in capsys.readouterr().err
 
 
 def test_a_bag_without_truth_is_no_recording_of_the_demo(tmp_path: Path) -> None:

@@ -62,3 +62,43 @@ with suppress(SystemExit):
     main({arguments})
 """
     assert run(start + TELL).splitlines()[-1].startswith("1 ")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("picopose_ros.node.__main__", ["--ros-args", "-p", "no parameter"]),
+        ("picopose_ros.cli.main", ["bag", "--help"]),
+        ("picopose_ros.demo.__main__", ["--out", "/dev/null/nothing"]),
+    ],
+)
+def test_what_they_import_is_left_out_of_garbage_collection(module: str, arguments: list[str]) -> None:
+    start = f"""
+import gc
+from contextlib import suppress
+from {module} import main
+with suppress(SystemExit):
+    main({arguments})
+print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    assert run(start).splitlines()[-1] == "True True"
+
+
+def test_nothing_is_collected_while_it_imports() -> None:
+    """Also where one import is inside another, or fails; who has switched collection off finds it off."""
+    tell = """
+import gc
+from picopose_ros.libraries import importing
+with importing():
+    try:
+        with importing():
+            raise ImportError
+    except ImportError:
+        print(gc.isenabled())
+print(gc.isenabled())
+gc.disable()
+with importing():
+    pass
+print(gc.isenabled())
+"""
+    assert run(tell).split() == ["False", "True", "False"]

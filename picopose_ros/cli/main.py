@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from picopose_ros.libraries import settle_threads
+from picopose_ros.libraries import importing, settle_threads
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _run(program: str, command: Command, argv: list[str]) -> int:
     from picopose_ros.errors import PicoPoseError
 
     description = command.summary[0].upper() + command.summary[1:] + "."
-    module = importlib.import_module(command.module)
+    with importing():
+        module = importlib.import_module(command.module)
     if hasattr(module, "COMMANDS"):
         return _dispatch(program, description, module.COMMANDS, argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)

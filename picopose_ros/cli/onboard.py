@@ -12,6 +12,7 @@ from picopose_ros.arguments import (
     load_network,
     settle_unit,
 )
+from picopose_ros.libraries import importing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Onboard and tell what became of every object; 1 if one could not be used."""
-    from picopose_ros.estimator import encode_by
-    from picopose_ros.templates.bank import onboard
+    with importing():
+        from picopose_ros.estimator import encode_by
+        from picopose_ros.templates.bank import onboard
 
     settle_unit(args, "MESH_DIR")
     model, device = load_network(args)

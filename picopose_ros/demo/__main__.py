@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 
 from picopose_ros.errors import PicoPoseError
+from picopose_ros.libraries import importing
 from picopose_ros.messages.bags import STORAGES
 
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (0 < args.speed < inf and 0 < args.follow_rate < inf):
         parser.error("--speed and --follow-rate must be more than 0")
     try:
-        from picopose_ros.demo.run import Masks, run_demo
+        with importing():
+            from picopose_ros.demo.run import Masks, run_demo
     except ImportError as error:
         print(
             f"demo: ROS is not there ({error}): run `make setup` or source a ROS 2 workspace", file=sys.stderr

@@ -362,7 +362,10 @@ def run_demo(
         PicoPoseError: the world can't be rendered, or the node or the player failed.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PicoPoseError(f"--out {out} can't be made: {error.strerror}; name another folder") from error
     with progress_bar(None, frames, "rendering the world", "frame") as bar:
         files = build_world(out, frames, seed, storage, lambda done, total: bar.update(done - bar.n))
     meshes = load_meshes(files.meshes)

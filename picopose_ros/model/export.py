@@ -195,10 +195,15 @@ def export_onnx(
         functions = part_functions(stages)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
             examples = _examples(functions)
-            for part in parts:
+            # The encoder first: the graph of the descriptors alone is a piece of its graph.
+            for part in sorted(parts, key=lambda part: part != "encoder"):
                 path = Path(scratch) / f"{part}.onnx"
-                module = _Part(stages, functions[part], half=precision == "fp16").eval()
-                _write(module, examples[part], path, input_names(part, aligned), output_names(part, aligned))
+                names, outputs = input_names(part, aligned), output_names(part, aligned)
+                if part == "descriptors" and "encoder" in written:
+                    _extract(Path(scratch) / "encoder.onnx", path, names, outputs)
+                else:
+                    module = _Part(stages, functions[part], half=precision == "fp16").eval()
+                    _write(module, examples[part], path, names, outputs)
                 function, inputs = functions[part], examples[part]
                 written[part] = _checked(part, path, function, inputs, aligned, precision, tell)
             manifest = {
@@ -213,7 +218,7 @@ def export_onnx(
                     "picopose_ros": __version__,
                     **{name: metadata.version(name) for name in ("torch", *_PACKAGES)},
                 },
-                "parts": written,
+                "parts": {part: written[part] for part in parts},
                 "config": model.config.to_dict(),
             }
             (Path(scratch) / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -304,6 +309,14 @@ def _write(
     finally:
         for logger, level in zip(noisy, levels):
             logger.setLevel(level)
+
+
+def _extract(source: Path, path: Path, names: list[str], outputs: list[str]) -> None:
+    """Write the piece of a graph that some of its outputs need; to trace the network again takes as long."""
+    import onnx
+    from onnx.utils import Extractor
+
+    onnx.save(Extractor(onnx.load(source)).extract_model(names, outputs), path)
 
 
 def _checked(

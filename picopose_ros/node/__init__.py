@@ -3,7 +3,7 @@
 ``node.py`` puts the node together from three parts: ``lifecycle.py``, the transitions of a managed node;
 ``listener.py``, its inputs; ``answers.py``, its outputs. ``parameters.py`` declares what can be set,
 ``subscriptions.py`` makes topics whose QoS can be overridden, ``pairing.py`` finds the image of a
-segmentation, ``frames.py`` and ``masks.py`` read them, ``worker.py`` keeps the slow work off the executor,
+segmentation (`picopose_ros.messages` reads both), ``worker.py`` keeps the slow work off the executor,
 ``engine.py`` does it with the objects of ``objects.py``. ``conversions.py`` and ``markers.py`` are pure
 functions between messages and NumPy, ``services.py`` answers who asks, ``transforms.py`` asks TF, and
 ``drops.py`` and ``diagnostics.py`` say why something is missing. ``segmenter.py`` is a managed

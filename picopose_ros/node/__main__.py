@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from picopose_ros.libraries import settle_threads
+from picopose_ros.libraries import importing, settle_threads
 
 if TYPE_CHECKING:
     from picopose_ros.node.lifecycle import ManagedNode
@@ -66,11 +66,12 @@ def main(args: Sequence[str] | None = None, names: Sequence[str] = ("picopose_no
     # Broken images are told once, by this package; OpenCV would tell of every one.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     # Below, because these take seconds and a signal that comes meanwhile should be a clean stop too.
-    import rclpy
-    from rclpy.exceptions import InvalidHandle
-    from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
-    from rclpy.logging import get_logger
-    from rclpy.signals import SignalHandlerOptions
+    with importing():
+        import rclpy
+        from rclpy.exceptions import InvalidHandle
+        from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+        from rclpy.logging import get_logger
+        from rclpy.signals import SignalHandlerOptions
 
     from picopose_ros.errors import PicoPoseError
 
@@ -116,7 +117,9 @@ def main(args: Sequence[str] | None = None, names: Sequence[str] = ("picopose_no
 
 def _make(name: str) -> ManagedNode:
     module, _, kind = NODES[name].partition(":")
-    return getattr(importlib.import_module(module), kind)()
+    with importing():
+        loaded = importlib.import_module(module)
+    return getattr(loaded, kind)()
 
 
 if __name__ == "__main__":
