@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pickle
 import signal
 import subprocess
@@ -226,6 +227,19 @@ def test_what_is_loaded_is_gone_after_cleanup_and_can_be_loaded_again(assets: di
             assert node.state == "unconfigured"
             gc.collect()
             assert model() is None and bank() is None and not worker.alive
+
+
+def test_what_the_package_says_is_in_the_nodes_log(
+    assets: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also what is neither warning nor error, such as how many threads the network has."""
+    with local_node(**assets):
+        logging.getLogger("picopose_ros.somewhere").info("2 of them")
+        logging.getLogger("picopose_ros.somewhere").debug("every one of them")
+    logging.getLogger("picopose_ros.somewhere").info("nobody listens")
+    told = capfd.readouterr().err
+    assert "[INFO]" in told and "[picopose_node]: 2 of them" in told
+    assert "every one of them" not in told and "nobody listens" not in told
 
 
 @pytest.mark.parametrize(

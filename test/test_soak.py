@@ -55,7 +55,8 @@ def soak(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command += ["--meshes", str(meshes), "--recording", str(folder / "recording")]
     command += ["--duration", "3", *options, "--domain", str(next_domain())]
     command += ["--report", str(folder / "soak.md"), "--json", str(folder / "soak.json")]
-    for word in (f"weights:={weights}", "viewpoints:=42", "hypotheses:=1", "min_score:=0.0"):
+    quick = ("viewpoints:=42", "hypotheses:=1", "refinements:=0", "min_score:=0.0")
+    for word in (f"weights:={weights}", *quick):
         command += ["--parameter", word]
     return subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=WAIT

@@ -24,11 +24,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from picopose_ros.cli.main import main as command
 from picopose_ros.errors import CheckpointError, ConfigError, PicoPoseError
-from picopose_ros.model import load_model
+from picopose_ros.model import PicoPose, load_model, preset
+from picopose_ros.model.checkpoint import read_weights, save_model
 from picopose_ros.model.features import Features
 from picopose_ros.training import train as train_module
 from picopose_ros.training import trainer as trainer_module
+from picopose_ros.training.averaging import average_weights
 from picopose_ros.training.config import _RULES
 from picopose_ros.training.curves import Curves
 from picopose_ros.training.data import Batch, make_batch
@@ -151,6 +154,48 @@ def test_a_killed_run_resumes_to_the_same_weights(config: TrainConfig, tmp_path:
     assert not model.training
     picture = cv2.imread(str(tmp_path / "broken" / "pictures" / "step_000012.jpg"))
     assert picture.shape == (34 + 2 * 224, 4 * 224, 3)
+
+
+def test_the_mean_of_two_networks_has_statistics_of_its_own(config: TrainConfig, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    pair = [PicoPose(preset("tiny")).eval() for _ in range(2)]
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for model, path, steps in zip(pair, files, ("850", "2000"), strict=True):
+        save_model(model, path, metadata={"steps": steps})
+    out = tmp_path / "out" / "mean.safetensors"
+    average_weights(config, files, out)
+    state, notes = read_weights(out)
+    assert notes["steps"] == "850 + 2000"
+    a, b = (model.state_dict() for model in pair)
+    weights = {name for name, _ in pair[0].named_parameters()}
+    for name in weights & set(state):
+        torch.testing.assert_close(state[name].float(), (a[name] + b[name]) / 2, atol=2e-3, rtol=2e-3)
+    measured = [n for n in state if n.endswith("running_var") and not n.startswith("backbone.")]
+    assert measured and all((state[n].float() != (a[n] + b[n]) / 2).any() for n in measured)
+    assert not load_model("tiny", out).training
+
+
+@pytest.mark.parametrize(
+    ("names", "out", "said"),
+    [
+        (["a.safetensors"], "mean.safetensors", "two or more weights"),
+        (["a.safetensors", "none.safetensors"], "mean.safetensors", "none.safetensors does not exist"),
+        (["a.safetensors", "a.safetensors"], "mean.pt", "as .safetensors, not as mean.pt"),
+    ],
+)
+def test_a_mean_of_nothing_is_refused(
+    config: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    names: list[str],
+    out: str,
+    said: str,
+) -> None:
+    save_model(PicoPose(preset("tiny")), tmp_path / "a.safetensors")
+    (tmp_path / "run.yaml").write_text(f"preset: tiny\npool: {config.pool}\nout: {tmp_path}\n")
+    words = ["average", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / out)]
+    assert command([*words, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / out).exists()
 
 
 def test_gradients_reach_every_parameter(config: TrainConfig, tmp_path: Path) -> None:

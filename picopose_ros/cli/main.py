@@ -41,6 +41,7 @@ COMMANDS = {
     "export": Command("picopose_ros.cli.export", "the network as ONNX files, compared with PyTorch"),
     "pool": Command("picopose_ros.training.pool", "render procedural objects for training"),
     "train": Command("picopose_ros.training.train", "train the network on procedural objects"),
+    "average": Command("picopose_ros.training.averaging", "one network from the weights of several runs"),
     "eval": Command("picopose_ros.cli.eval", "how good the poses are: several measurements"),
 }
 

@@ -69,7 +69,10 @@ class PicoPoseNode(ManagedNode):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("picopose_node", **kwargs)
         self._log_handler = RosLogHandler(self.get_logger())
-        logging.getLogger("picopose_ros").addHandler(self._log_handler)
+        package = logging.getLogger("picopose_ros")
+        package.addHandler(self._log_handler)
+        if not package.isEnabledFor(logging.INFO):  # by default Python keeps what is no warning to itself
+            package.setLevel(logging.INFO)
         declare_parameters(self)
         self._settings = read_parameters(self)
         self.start_life_cycle(self._settings.autostart)
