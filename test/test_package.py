@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "yaml": ("PyYAML", ("python3-yaml",)),
 }
 # Extras of pyproject.toml: what only training needs, and the other backend.
-OPTIONAL = {"onnxruntime": "onnxruntime", "webdataset": "webdataset"}
+OPTIONAL = {"onnx": "onnx", "onnxruntime": "onnxruntime", "webdataset": "webdataset"}
 BY_HAND = {
     "bop_toolkit_lib": "docs/bop.md",
     "sam2": "docs/segmenters.md",
@@ -142,11 +142,11 @@ ROOMS: dict[str, set[str]] = {
     "messages": BASE | {"geometry", "templates", "segmentation", "estimator", "instances"},
     "bags": {"messages"},
     "images": {"messages"},
-    "arguments": CORE,
+    "arguments": CORE | {"libraries"},
     "synthetic": BASE | {"geometry", "templates"},
     "training": BASE | {"arguments", "geometry", "model", "templates", "segmentation", "synthetic"},
     "evaluation": CORE | {"arguments", "synthetic"},
-    "demo": CORE | {"messages", "arguments", "synthetic", "evaluation"},
+    "demo": CORE | {"messages", "arguments", "synthetic", "evaluation", "libraries"},
     "cli": CORE | {"messages", "arguments", "synthetic", "training", "evaluation", "demo", "libraries"},
     "node": CORE | {"messages", "libraries"},
 }

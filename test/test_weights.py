@@ -19,7 +19,7 @@ from torch import Tensor
 from picopose_ros.cli.main import main
 from picopose_ros.errors import CheckpointError
 from picopose_ros.model import PicoPose, convert_released, load_model, preset
-from picopose_ros.model.checkpoint import load_backbone, preset_of
+from picopose_ros.model.checkpoint import load_backbone, preset_of, read_weights
 from picopose_ros.model.conversion import convert_checkpoint
 from picopose_ros.model.released_keys import resample_pos_embed
 
@@ -226,6 +226,20 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
     torch.save(lightning({**state, bias: large}), source)
     with pytest.raises(CheckpointError, match="not finite in fp16"):
         convert_checkpoint(source, target, arch, half=True)
+
+
+@pytest.mark.parametrize("ending", [b"\x80", b"PK"])
+def test_a_length_that_begins_as_another_kind_of_file(tmp_path: Path, ending: bytes) -> None:
+    """A safetensors file begins with the length of its header: one in 32 as a pickle does."""
+    path = tmp_path / "weights.safetensors"
+    state = {"a": torch.arange(3.0)}
+    save_file(state, path, {"pad": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    wanted = next(n for n in range(length + 8, 1 << 17, 8) if n.to_bytes(8, "little").startswith(ending))
+    save_file(state, path, {"pad": "x" * (wanted - length)})
+    assert path.read_bytes().startswith(ending)
+    tensors, notes = read_weights(path)
+    assert notes["pad"] == "x" * (wanted - length) and torch.equal(tensors["a"], state["a"])
 
 
 def test_files_that_are_no_checkpoints(

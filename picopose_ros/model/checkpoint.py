@@ -41,9 +41,11 @@ def _is_torch(path: Path) -> bool:
         raise CheckpointError(f"weights file {path} does not exist; give the path of a .safetensors file")
     try:
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(9)
     except OSError as error:
         raise CheckpointError(f"weights file {path} cannot be read: {error}") from error
+    if head[8:] == b"{":  # safetensors: JSON after the number of its bytes, which may begin as the others do
+        return False
     return head[:2] == b"PK" or head[:1] == b"\x80"  # zip archives and bare pickles
 
 
