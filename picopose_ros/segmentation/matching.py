@@ -71,7 +71,7 @@ class MatchSettings:
 
     candidates: int = 8
     templates: int = 4
-    min_score: float = 0.64
+    min_score: float = 0.66
     per_class: int = 2
     overlap: float = 0.5
 
