@@ -29,9 +29,8 @@ def settle_threads() -> None:
 def importing() -> Iterator[None]:
     """Import large libraries without Python's garbage collection, and spare it what they made.
 
-    What modules define stays. Looking through it again and again takes a third of the time that PyTorch, timm
-    and trimesh need to be imported, and in a node that runs, a tenth of a second whenever all is looked
-    through.
+    What modules define stays. Looking through it again and again takes a quarter of the time that PyTorch,
+    timm and trimesh need to be imported, and in a node that runs, .1 to .2 s whenever all is looked through.
     """
     collecting = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
 """One network from the weights of several: ``picopose average``.
 
-The mean of weights that come from one training, or from trainings that go on from the same state, is at least
-as good as each of them and fits images of another kind better (Wortsman et al., Model soups, ICML 2022).
+The mean of weights that come from one training, or from trainings that go on from the same state, is often as
+good as the best of them, and better on images of another kind (Wortsman et al., Model soups, ICML 2022).
 BatchNorm's statistics are not averaged but measured anew, on batches of the training's pool.
 """
 
