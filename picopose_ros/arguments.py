@@ -32,7 +32,6 @@ def positive(text: str) -> int:
     return value
 
 
-
 def fraction(text: str) -> float:
     """A number from 0 to 1, for argparse."""
     value = float(text)
@@ -232,8 +231,7 @@ def load_network(args: argparse.Namespace) -> tuple[PicoPose, torch.device]:
     Raises:
         PicoPoseError: names the option whose value can't be used.
     """
-    with importing():
-        from picopose_ros.model import load_model
+    from picopose_ros.model import load_model
 
     device = _check_network(args)
     with blaming("--weights", CheckpointError):
@@ -241,9 +239,8 @@ def load_network(args: argparse.Namespace) -> tuple[PicoPose, torch.device]:
 
 
 def _check_network(args: argparse.Namespace) -> torch.device:
-    with importing():
-        from picopose_ros.estimator import torch_device
-        from picopose_ros.model import preset
+    from picopose_ros.estimator import torch_device
+    from picopose_ros.model import preset
 
     with blaming("--preset"):
         preset(args.preset)

@@ -8,25 +8,24 @@ A module says in ``NODE`` with which parameters its node is started, in ``NAMESP
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from picopose_ros.libraries import importing
+
 if TYPE_CHECKING:  # everything else is tested without ROS
     from mini_bop import MiniBop
     from node_harness import Client, NodeProcess, Scene
 
 
-gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """What the test modules import stays: garbage collection need not look through it (see `libraries`)."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Garbage collection leaves out what the test modules import."""
+    with importing():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What numerical libraries do with the processors of a process."""
+"""How a process loads its libraries, and what the numerical ones do with its processors."""
 
 from __future__ import annotations
 
@@ -80,6 +80,20 @@ from {module} import main
 with suppress(SystemExit):
     main({arguments})
 print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    assert run(start).splitlines()[-1] == "True True"
+
+
+@pytest.mark.parametrize("name", ["picopose_node", "segmenter_node"])
+def test_so_is_what_a_node_imports(name: str) -> None:
+    """Without rclpy's start a node can't be made; all that it needs is imported by then."""
+    start = f"""
+import gc, sys
+from contextlib import suppress
+from picopose_ros.node.__main__ import _make
+with suppress(Exception):
+    _make("{name}")
+print(gc.isenabled(), "torch" in sys.modules and gc.get_freeze_count() > 100_000)
 """
     assert run(start).splitlines()[-1] == "True True"
 

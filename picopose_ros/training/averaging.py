@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from picopose_ros.errors import CheckpointError, ConfigError
+from picopose_ros.errors import ConfigError
 from picopose_ros.model.checkpoint import load_model, read_weights
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.trainer import Trainer
@@ -38,7 +38,9 @@ def average_weights(config: TrainConfig, files: Sequence[Path], out: Path) -> No
     if out.suffix != ".safetensors":
         raise ConfigError(f"the mean is written as .safetensors, not as {out.name}")
     mean: dict[str, Tensor] = {}
+    steps = []
     for path in files:
+        steps.append(read_weights(path)[1].get("steps", "?"))  # a checkpoint of PyTorch has no notes
         for name, value in load_model(config.preset, path).state_dict().items():
             share = value.double() / len(files)
             mean[name] = mean[name] + share if name in mean else share
@@ -48,15 +50,7 @@ def average_weights(config: TrainConfig, files: Sequence[Path], out: Path) -> No
         for name, value in state.items():
             value.copy_(mean[name])
     trainer.settle()
-    trainer.save_weights(out.name, steps=" + ".join(_steps(path) for path in files))
-
-
-def _steps(path: Path) -> str:
-    """How many steps made some weights, as their file says."""
-    try:
-        return read_weights(path)[1].get("steps", "?")
-    except CheckpointError:  # a checkpoint of PyTorch has no notes
-        return "?"
+    trainer.save_weights(out.name, steps=" + ".join(steps))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
