@@ -8,6 +8,7 @@ A module says in ``NODE`` with which parameters its node is started, in ``NAMESP
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,14 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def banks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the whole run: what one of its processes has onboarded the others read."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "banks"
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory, banks: Path) -> dict[str, Path]:
     """Meshes (one of them broken, one with an alias), weights and a cache; parameters of a node."""
     from node_harness import write_meshes, write_weights
 
@@ -40,7 +48,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "mesh_dir": meshes,
         "weights": write_weights(folder / "tiny.safetensors"),
-        "cache_dir": folder / "cache",
+        "cache_dir": banks / "assets",
     }
 
 
@@ -88,6 +96,6 @@ def mini_bop(tmp_path_factory: pytest.TempPathFactory) -> MiniBop:
 
 
 @pytest.fixture(scope="session")
-def mini_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini_cache(banks: Path) -> Path:
     """Where the banks of the miniature dataset's models are kept."""
-    return tmp_path_factory.mktemp("mini_banks")
+    return banks / "mini"

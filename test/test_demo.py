@@ -48,6 +48,8 @@ from picopose_ros.templates.renderer import MeshRenderer
 
 FRAMES = 4
 """Of the whole path of the camera: objects move as fast as ten times in `make demo`."""
+LATE_FRAMES = 13
+"""1.2 s of the recording: the second segmentation that is played late is of the eleventh image."""
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +370,27 @@ def test_a_planners_poses_are_as_good_as_the_demo_reports(
     assert [row.as_dict() for row in rows] == run.report["objects"]
     honest = honesty(heard, meshes, files.visible)
     assert honest is not None and honest.as_dict() == run.report["covariance"]
+
+
+def test_images_whose_masks_never_come_are_answered_over_dds(folder: Path, run: Run, tmp_path: Path) -> None:
+    """Two segmentations are played; images whose masks weren't are answered all the same, in order."""
+    (tmp_path / "cache").symlink_to(folder / "cache")  # the same objects
+    files = build_world(tmp_path, LATE_FRAMES)
+    options = ["--out", tmp_path, "--frames", LATE_FRAMES, "--hypotheses", 2, "--viewpoints", 42]
+    options += ["--domain", next_domain(), "--masks", "late", "--speed", 0.05, "--follow-rate", 20]
+    command = [sys.executable, "-m", "picopose_ros.demo", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    late, heard = report["late"], read_recording(tmp_path / "output")
+    with bags.BagReader(files.bag) as reader:
+        stamps = [bags.stamp_of(message) for _, _, message in reader.messages([SEGMENTATION_TOPIC])]
+    answered = [stamp for stamp in stamps[3:] if heard.detections.get(stamp)]
+    assert (late["images"], late["allowed"], late["answered"]) == (*[LATE_FRAMES - 3] * 2, len(answered))
+    assert set(answered) - {stamps[0], stamps[10]}, "none but images with masks were answered"
+    assert "poses" in done.stdout and "are right to .1, .05 and .02" in done.stdout
+    assert late["went_back"] == 0 and "0 transforms back in time" in done.stdout
+    assert max(row["instances"] for row in report["objects"]) <= 7 * (len(answered) + 1)
 
 
 def test_a_node_that_cannot_start_ends_the_demo_with_its_reason(folder: Path, files: DemoFiles) -> None:

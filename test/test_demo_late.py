@@ -1,27 +1,18 @@
-"""The demo with masks once a second and late: what is measured, and the path over DDS."""
+"""What is measured of the demo with masks once a second and late; test_demo.py has the path over DDS."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from node_harness import next_domain
 
 from picopose_ros.demo.__main__ import main
-from picopose_ros.demo.evaluate import Detected, Recording, class_of, read_recording
+from picopose_ros.demo.evaluate import Detected, Recording, class_of
 from picopose_ros.demo.late import answered_part, measure_late
-from picopose_ros.demo.world import SEGMENTATION_TOPIC, build_world
-from picopose_ros.messages import bags
 
 STEP = 100_000_000
 NAMES = ("mug_0", "parcel_0", "parcel_1")
-FRAMES = 13
-"""1.2 s of the recording: the second segmentation that is played is of the eleventh image."""
 
 
 @pytest.fixture
@@ -90,23 +81,3 @@ def test_a_speed_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["--masks", "late", option, "0"])
     assert "must be more than 0" in capsys.readouterr().err
-
-
-def test_images_whose_masks_never_come_are_answered_over_dds(tmp_path: Path) -> None:
-    """Two segmentations are played; images whose masks weren't are answered all the same, in order."""
-    files = build_world(tmp_path, FRAMES)
-    options = ["--out", tmp_path, "--frames", FRAMES, "--hypotheses", 2, "--viewpoints", 42]
-    options += ["--domain", next_domain(), "--masks", "late", "--speed", 0.05, "--follow-rate", 20]
-    command = [sys.executable, "-m", "picopose_ros.demo", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    late, heard = report["late"], read_recording(tmp_path / "output")
-    with bags.BagReader(files.bag) as reader:
-        stamps = [bags.stamp_of(message) for _, _, message in reader.messages([SEGMENTATION_TOPIC])]
-    answered = [stamp for stamp in stamps[3:] if heard.detections.get(stamp)]
-    assert (late["images"], late["allowed"], late["answered"]) == (FRAMES - 3, FRAMES - 3, len(answered))
-    assert set(answered) - {stamps[0], stamps[10]}, "none but images with masks were answered"
-    assert "poses" in done.stdout and "are right to .1, .05 and .02" in done.stdout
-    assert late["went_back"] == 0 and "0 transforms back in time" in done.stdout
-    assert max(row["instances"] for row in report["objects"]) <= 7 * (len(answered) + 1)

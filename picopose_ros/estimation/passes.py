@@ -40,6 +40,7 @@ class Network:
         dtype: what matrix products are computed in.
         max_batch: most crops in one pass of the encoder.
         max_pairs: most pairs in one pass of stages 2 and 3; callers split larger batches.
+        compiles: whether batches are filled up to sizes that are compiled.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Network:
         self._stages = make_stages(model, device, backend, onnx_dir, precision, schedule)
         self.max_batch = max_batch
         self.max_pairs = min(max_batch, self._stages.pairs_at_once)
-        self._compiles = bool(compile)
+        self.compiles = bool(compile)
         stages = self._stages
         self._features: Callable[[Tensor], Prepared] = stages.features
         self._template_parts = stages.parts
@@ -147,7 +148,7 @@ class Network:
         parts = []
         for part in crops.split(self.max_batch):
             count = len(part)
-            if self._compiles:
+            if self.compiles:
                 part = part[filled(count, self.max_batch)]
             parts.append(self._features(part).select(slice(0, count)))
         return Prepared.join(parts)
@@ -207,7 +208,7 @@ class Network:
                 return found
             missing = [key for key in by_key if self._parts.get(key) is None]
             if missing:
-                rows = filled(len(missing), self.max_pairs) if self._compiles else range(len(missing))
+                rows = filled(len(missing), self.max_pairs) if self.compiles else range(len(missing))
                 made_parts = self._template_parts(
                     Prepared.join([self._maps.get(missing[row]) for row in rows]).maps
                 )
@@ -263,13 +264,13 @@ class Network:
         count = len(state.affine)
         found = []
         with self._autocast():
-            if self._compiles:
+            if self.compiles:
                 rows = torch.tensor(filled(count, self.max_pairs), device=self.device)
                 state, query, template = state.select(rows), query.select(rows), template.select(rows)
             for level in levels:
                 state = self._refine[level](state, query, template)
                 found.append(state)
-        return [one.select(slice(0, count)) for one in found] if self._compiles else found
+        return [one.select(slice(0, count)) for one in found] if self.compiles else found
 
     def enlarged(self, state: Refining) -> Refining:
         """The same flow and certainty on a grid of twice the side."""
