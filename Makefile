@@ -41,6 +41,7 @@ $(error ROS=$(ROS) is unknown; use jazzy or kilted)
 endif
 # One folder per distribution: an environment of another one is not taken for finished.
 STAMPS := $(VENV)/stamps/$(ROS)
+WORKSPACE := build/colcon/$(ROS)
 # Modules are compiled when they are first imported and kept; most of torch never is.
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
@@ -59,7 +60,7 @@ ifdef _ROS_WHEELS_BOOTSTRAP_COMPLETE
 unexport LD_LIBRARY_PATH
 endif
 
-.PHONY: setup demo test plugins train accuracy bench soak lint colcon clean
+.PHONY: setup demo test plugins train accuracy bench soak lint colcon-build colcon clean
 
 setup: $(STAMPS)/torch $(STAMPS)/interfaces $(STAMPS)/package
 
@@ -126,13 +127,17 @@ soak: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 
-colcon: setup
-	scripts/check_colcon.sh $(VENV)
+# While pip installs the largest packages.
+colcon-build: $(STAMPS)/interfaces $(STAMPS)/packages
+	scripts/check_colcon.sh build $(VENV) $(WORKSPACE)
+
+colcon: setup colcon-build
+	scripts/check_colcon.sh inspect $(VENV) $(WORKSPACE)
 
 # Files in their own order: by default those with few tests come last, and these are the long ones.
-test: setup
+test: setup colcon-build
 	$(VENV)/bin/ruff check .
-	scripts/check_colcon.sh $(VENV)
+	scripts/check_colcon.sh inspect $(VENV) $(WORKSPACE)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # FastSAM's package is AGPL-3.0: it is for these tests alone, and no part of the environment.
