@@ -8,8 +8,10 @@ A module says in ``NODE`` with which parameters its node is started, in ``NAMESP
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,25 +32,41 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def banks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of the whole run: what one of its processes has onboarded the others read."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the whole run, for what its processes make once, and change no more."""
     folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "banks"
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, filled by whichever process comes first, while the others wait."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            half = folder.with_suffix(".half")
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            make(half)
+            half.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory, banks: Path) -> dict[str, Path]:
+def assets(shared: Path) -> dict[str, Path]:
     """Meshes (one of them broken, one with an alias), weights and a cache; parameters of a node."""
     from node_harness import write_meshes, write_weights
 
-    folder = tmp_path_factory.mktemp("assets")
-    meshes = write_meshes(folder / "meshes")
-    (meshes / "crumpled.ply").write_text("ply\nthis is no mesh\n")
-    (meshes / "objects.yaml").write_text("can: {class_ids: [tin, '41'], frame_id: tin_can}\n")
+    def make(folder: Path) -> None:
+        meshes = write_meshes(folder / "meshes")
+        (meshes / "crumpled.ply").write_text("ply\nthis is no mesh\n")
+        (meshes / "objects.yaml").write_text("can: {class_ids: [tin, '41'], frame_id: tin_can}\n")
+        write_weights(folder / "tiny.safetensors")
+
+    folder = made_once(shared / "assets", make)
     return {
-        "mesh_dir": meshes,
-        "weights": write_weights(folder / "tiny.safetensors"),
-        "cache_dir": banks / "assets",
+        "mesh_dir": folder / "meshes",
+        "weights": folder / "tiny.safetensors",
+        "cache_dir": folder / "cache",
     }
 
 
@@ -88,14 +106,15 @@ def client(request: pytest.FixtureRequest, node: NodeProcess) -> Iterator[Client
 
 
 @pytest.fixture(scope="session")
-def mini_bop(tmp_path_factory: pytest.TempPathFactory) -> MiniBop:
+def mini_bop(shared: Path) -> MiniBop:
     """The miniature BOP dataset. Copy what you break."""
-    from mini_bop import make_mini_bop
+    from mini_bop import DETECTIONS, MiniBop, make_mini_bop
 
-    return make_mini_bop(tmp_path_factory.mktemp("bop"))
+    root = made_once(shared / "bop", make_mini_bop)
+    return MiniBop(root, root / DETECTIONS)
 
 
 @pytest.fixture(scope="session")
-def mini_cache(banks: Path) -> Path:
+def mini_cache(shared: Path) -> Path:
     """Where the banks of the miniature dataset's models are kept."""
-    return banks / "mini"
+    return shared / "mini_banks"

@@ -21,6 +21,7 @@ from picopose_ros.segmentation import mask_roi, rle_encode
 from picopose_ros.templates.renderer import MeshRenderer
 
 NAME = "mini"
+DETECTIONS = "cnos_mini.json"
 WIDTH, HEIGHT = 320, 240
 K = np.array([[360.0, 0.0, 158.5], [0.0, 360.0, 121.5], [0.0, 0.0, 1.0]])
 DEPTH_SCALE = 0.1
@@ -91,9 +92,9 @@ def make_mini_bop(root: Path) -> MiniBop:
             for name, content in files.items():
                 (folder / "test" / f"{scene:06d}" / f"{name}.json").write_text(json.dumps(content))
     (folder / "test_targets_bop19.json").write_text(json.dumps(targets))
-    path = root / "cnos_mini.json"
-    path.write_text(json.dumps(detections))
-    return MiniBop(root, path)
+    made = MiniBop(root, root / DETECTIONS)
+    made.detections.write_text(json.dumps(detections))
+    return made
 
 
 def _coloured(parts: list[trimesh.Trimesh]) -> trimesh.Trimesh:
