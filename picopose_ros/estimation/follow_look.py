@@ -15,7 +15,7 @@ from picopose_ros.errors import PicoPoseError
 from picopose_ros.estimation.follow_shift import find_shift
 from picopose_ros.estimation.refine_step import RIM, Look, Step
 from picopose_ros.estimation.results import ObjectPose
-from picopose_ros.geometry.poses import invert_transform, rotation_angle_deg
+from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.templates.posed import PosedView
 
 HISTORY = 256
@@ -227,7 +227,7 @@ class _Looking:
             for other, theirs in self._placed.values():
                 if _hides(other, own):
                     free &= ~theirs
-            if free.sum() < self._settings.visible * whole.sum():
+            if np.count_nonzero(free) < self._settings.visible * np.count_nonzero(whole):
                 outcomes[i] = Outcome(own, "another object covers it", covered=True)
                 continue
             looks[i] = Look(views[i], own.T, free, None, own.prior, rim=RIM)
@@ -257,9 +257,12 @@ class _Looking:
             return False
         if self._settings.uncertain <= outcome.score < self._settings.followed:
             return True
-        before = _silhouette(outcome.view, outcome.attempt.T, self._K, *self._size)
-        after = _silhouette(outcome.view, outcome.step.T_cam_obj, self._K, *self._size)
-        return (before & after).sum() < self._settings.again * (before | after).sum()
+        before, after = (
+            _silhouette(outcome.view, T, self._K, *self._size)
+            for T in (outcome.attempt.T, outcome.step.T_cam_obj)
+        )
+        shared, whole = np.count_nonzero(before & after), np.count_nonzero(before | after)
+        return shared < self._settings.again * whole
 
     def _checked(self, outcome: Outcome) -> Outcome:
         """A step that is no small one isn't taken."""
@@ -333,19 +336,8 @@ def _turned(view: PosedView | None, T_cam_obj: np.ndarray) -> float:
     return max(float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), roll / 4)
 
 
-def _projected(view: PosedView, T_cam_obj: np.ndarray, K: np.ndarray) -> np.ndarray | None:
-    """Pixels (n, 2) of the surface that a view shows, with the object at a pose; None: behind the camera."""
-    points = view.crop.points_consistent
-    points = points[points[..., 2] > 0].astype(np.float64)
-    T = T_cam_obj @ invert_transform(view.T_view_obj)
-    points = points @ T[:3, :3].T + T[:3, 3]
-    if not len(points) or points[:, 2].min() <= 0:
-        return None
-    return points[:, :2] / points[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
-
-
 def _share_inside(view: PosedView, T_cam_obj: np.ndarray, K: np.ndarray, height: int, width: int) -> float:
-    uv = _projected(view, T_cam_obj, K)
+    uv = view.projected(T_cam_obj, K)
     if uv is None:
         return 0.0
     return float(((uv > -0.5) & (uv < [width - 0.5, height - 0.5])).all(1).mean())

@@ -6,10 +6,10 @@ the camera's axes, and the true rotation is ``exp(w) R`` with w the last three, 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from scipy.spatial.transform import Rotation
+
+from picopose_ros.geometry.poses import rotation_vector
 
 
 def pose_error(T_est: np.ndarray, T_true: np.ndarray) -> np.ndarray:
@@ -17,18 +17,9 @@ def pose_error(T_est: np.ndarray, T_true: np.ndarray) -> np.ndarray:
     T_est, T_true = np.asarray(T_est, np.float64), np.asarray(T_true, np.float64)
     turn = T_true[..., :3, :3] @ np.swapaxes(T_est[..., :3, :3], -1, -2)
     if turn.ndim == 2:
-        return np.concatenate([T_true[:3, 3] - T_est[:3, 3], _rotation_vector(turn)])
+        return np.concatenate([T_true[:3, 3] - T_est[:3, 3], rotation_vector(turn)])
     spin = Rotation.from_matrix(turn.reshape(-1, 3, 3)).as_rotvec().reshape(*turn.shape[:-2], 3)
     return np.concatenate([T_true[..., :3, 3] - T_est[..., :3, 3], spin], -1)
-
-
-def _rotation_vector(R: np.ndarray) -> np.ndarray:
-    """(3,) of one rotation (3, 3), in a tenth of the time that SciPy takes: it is asked for often."""
-    twice = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
-    sine, cosine = 0.5 * math.sqrt(twice @ twice), 0.5 * (R[0, 0] + R[1, 1] + R[2, 2] - 1.0)
-    if cosine < -0.9:  # near half a turn the axis isn't in the antisymmetric part
-        return Rotation.from_matrix(R).as_rotvec()
-    return twice * (0.5 * math.atan2(sine, cosine) / sine if sine > 1e-9 else 0.5)
 
 
 def move_covariance(covariance: np.ndarray, arm: np.ndarray) -> np.ndarray:

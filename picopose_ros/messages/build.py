@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from picopose_ros.errors import SegmentError
 from picopose_ros.geometry.covariance import rotate_covariance
+from picopose_ros.geometry.poses import rotation_vector
 from picopose_ros.messages.segmentations import ENCODING_BITMAP, ENCODING_RLE
 from picopose_ros.segmentation import Segment, mask_roi, rle_encode
 
@@ -33,8 +34,10 @@ class Make(Protocol):
 
 def rotation_to_quaternion(R: np.ndarray) -> tuple[float, float, float, float]:
     """(x, y, z, w) of a rotation matrix (3, 3), unit length, w >= 0."""
-    x, y, z, w = (float(value) for value in Rotation.from_matrix(R).as_quat(canonical=True))
-    return x, y, z, w
+    x, y, z = rotation_vector(R).tolist()
+    half = 0.5 * math.sqrt(x * x + y * y + z * z)
+    share = 0.5 * math.sin(half) / half if half > 0 else 0.5
+    return share * x, share * y, share * z, math.cos(half)
 
 
 def pose_message(make: Make, T: np.ndarray) -> Any:

@@ -86,16 +86,33 @@ class PosedView:
 
         None where the object is behind the camera, or hardly any of it is seen.
         """
+        uv = self.projected(T_cam_obj, K)
+        if uv is None or len(uv) < _LEAST_CELLS:
+            return None
+        _, places = self._surface
+        return fit_similarity(places, uv @ M_crop_img[:2, :2].T + M_crop_img[:2, 2])
+
+    def projected(self, T_cam_obj: np.ndarray, K: np.ndarray) -> np.ndarray | None:
+        """Pixels (n, 2) of the surface that the view shows, with the object at a pose (4, 4).
+
+        None where there is none, or a part of it is behind the camera.
+        """
+        points, _ = self._surface
+        T = T_cam_obj @ invert_transform(self.T_view_obj)
+        moved = points @ T[:3, :3].T + T[:3, 3]
+        if not len(moved) or moved[:, 2].min() <= 0:
+            return None
+        return moved[:, :2] / moved[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
+
+    @cached_property
+    def _surface(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per cell that shows the object its point (n, 3), view's camera frame, m, and its place (n, 2) in
+        the crop, px."""
         points = self.crop.points_consistent
         inside = points[..., 2] > 0
-        T = T_cam_obj @ invert_transform(self.T_view_obj)
-        moved = points[inside].astype(np.float64) @ T[:3, :3].T + T[:3, 3]
-        if len(moved) < _LEAST_CELLS or moved[:, 2].min() <= 0:
-            return None
-        uv = moved[:, :2] / moved[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
         row, column = np.nonzero(inside)
-        source = np.floor((np.stack([column, row], 1) + 0.5) * CELL)
-        return fit_similarity(source, uv @ M_crop_img[:2, :2].T + M_crop_img[:2, 2])
+        places = np.floor((np.stack([column, row], 1) + 0.5) * CELL)
+        return points[inside].astype(np.float64), places
 
 
 class PosedViews:
