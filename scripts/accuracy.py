@@ -39,7 +39,7 @@ HYPOTHESES = (1, 5)
 FAR = 0.2
 """A pose whose ADD(-S) is a larger share of the diameter is far off."""
 
-THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)
+THRESHOLDS = (0.0, 0.4, 0.6, 0.8, 0.9)
 """Values of min_score that the page compares."""
 
 

@@ -14,9 +14,11 @@ from scipy.spatial.transform import Rotation
 
 from picopose_ros.errors import ConfigError, ImageError
 from picopose_ros.estimation import refine as refine_module
+from picopose_ros.estimation.confidence import REFINED, Calibration
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
 from picopose_ros.estimation.refine_step import Look, Step, grown
+from picopose_ros.estimation.refining import score_of
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.geometry.cameras import CameraModel
@@ -216,6 +218,19 @@ def test_poses_of_nothing_that_is_known_are_refused(world: World) -> None:
 
 def _step(T: np.ndarray, agreement: float, moved: float = 9.0) -> Step:
     return Step(T, np.eye(6), agreement, 1.0, 1.0, 100, 1.0, moved, {})
+
+
+def test_the_score_of_a_refined_pose_is_mapped_before_the_networks_own_mapping(world: World) -> None:
+    own = Calibration(0.5, -1.0)
+    scores = []
+    for agreement in (0.1, 0.4, 0.7, 0.95):
+        step = _step(np.eye(4), agreement)
+        scores.append(score_of(step, Calibration()))
+        assert scores[-1] == world.estimator.score(step) == pytest.approx(float(REFINED.apply(agreement)))
+        assert score_of(step, own) == pytest.approx(float(own.apply(scores[-1])))
+    assert sorted(scores) == scores
+    poses = world.estimator.refine(world.rgb, CAMERA, world.poses(), world.segments()).poses
+    assert all(pose.confidence > 0.85 for pose in poses), "they are right, and nothing covers them"
 
 
 def _shifted(x: float) -> np.ndarray:

@@ -155,9 +155,9 @@ def test_following_is_compared_with_masks_in_every_image(renderer: MeshRenderer,
 
 def test_thresholds_of_the_score_are_compared() -> None:
     steps = [("followed", 0.9, 0.01), ("followed", 0.62, 0.15), ("uncertain", 0.5, 0.02)]
-    rows = thresholds([*steps, ("uncertain", 0.32, 0.3)]).splitlines()
-    assert "| 0.30 | 4 | 1.000 | 0.500 | 0.2500 |" in rows
-    assert "| 0.50 | 3 | 0.750 | 0.667 | 0.0000 |" in rows
+    rows = thresholds([*steps, ("uncertain", 0.52, 0.3)]).splitlines()
+    assert "| 0.50 | 4 | 1.000 | 0.500 | 0.2500 |" in rows
+    assert "| 0.60 | 2 | 0.500 | 0.500 | 0.0000 |" in rows
     assert "| 0.70 | 1 | 0.250 | 1.000 | 0.0000 |" in rows
 
 

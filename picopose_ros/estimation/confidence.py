@@ -30,6 +30,13 @@ class Calibration:
         return Calibration(self.slope * other.slope, self.offset * other.slope + other.offset)
 
 
+REFINED = Calibration(1.0, 1.8)
+"""For refined poses, before the network's own mapping: image and rendering never agree altogether, so the
+quality of right poses is far below 1. Fitted on 176 poses of 12 held-out objects with true masks, with masks
+as a segmenter makes them and on tables (.98 and 1.78). On 12 others the calibration error fell from .23 to
+.04."""
+
+
 def fit_calibration(confidence: np.ndarray, correct: np.ndarray) -> Calibration:
     """The mapping with which confidences (n,) say how often poses (n,) are right.
 

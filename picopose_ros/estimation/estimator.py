@@ -17,9 +17,16 @@ from picopose_ros.estimation.choosing import choose_pose
 from picopose_ros.estimation.confidence import Calibration
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.queries import Query, check_image, make_queries
-from picopose_ros.estimation.refine import Refined, Start, Task, quality, refine_poses
+from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
 from picopose_ros.estimation.refine_step import Look, Step, refine_step
-from picopose_ros.estimation.refining import answer, in_metres, refined_pose, remark, straighten_tasks
+from picopose_ros.estimation.refining import (
+    answer,
+    in_metres,
+    refined_pose,
+    remark,
+    score_of,
+    straighten_tasks,
+)
 from picopose_ros.estimation.results import (
     Choice,
     EstimateResult,
@@ -326,7 +333,7 @@ class PoseEstimator:
 
     def score(self, step: Step) -> float:
         """The confidence of a pose that such a step led to."""
-        return float(np.clip(self._calibration.apply(quality(step)), 0.0, 1.0))
+        return score_of(step, self._calibration)
 
     def answer(self, query: Query, hypothesis: Hypothesis, camera: CameraModel) -> ObjectPose | None:
         """What would be published with this hypothesis alone, be it the network's or a changed one."""
@@ -426,9 +433,7 @@ class PoseEstimator:
             return ["no rounds were asked for"] * len(tasks)
         tasks, rgb, depth = straighten_tasks(tasks, rgb, depth, camera)
         blacken = self.model.config.mask_background and not self.settings.keep_background
-        return refine_poses(
-            self._network, self._views, rgb, camera.K, tasks, rounds, blacken, depth=depth
-        )
+        return refine_poses(self._network, self._views, rgb, camera.K, tasks, rounds, blacken, depth=depth)
 
     def _prefixes(
         self, query: Query, solved: Sequence[SolvedHypothesis], camera: CameraModel
@@ -467,4 +472,3 @@ class PoseEstimator:
                 )
             )
         return SegmentTrace(query, tuple(traces), tuple(answers))
-

@@ -50,8 +50,8 @@ class FollowSettings:
         widened: factor on the covariance of what is uncertain.
     """
 
-    followed: float = 0.45
-    uncertain: float = 0.3
+    followed: float = 0.83
+    uncertain: float = 0.72
     patience: float = 1.0
     recovery: float = 5.0
     inside: float = 0.5

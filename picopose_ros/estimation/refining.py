@@ -9,9 +9,10 @@ import numpy as np
 
 from picopose_ros.errors import ImageError
 from picopose_ros.estimation.choosing import MIN_INLIERS
-from picopose_ros.estimation.confidence import Calibration
+from picopose_ros.estimation.confidence import REFINED, Calibration
 from picopose_ros.estimation.queries import Query
 from picopose_ros.estimation.refine import Refined, Start, Task, quality
+from picopose_ros.estimation.refine_step import Step
 from picopose_ros.estimation.results import ObjectPose
 from picopose_ros.estimation.solving import SolvedHypothesis
 from picopose_ros.geometry.cameras import CameraModel
@@ -83,7 +84,7 @@ def refined_pose(pose: ObjectPose, refined: Refined | str, calibration: Calibrat
     return replace(
         pose,
         T_cam_obj=step.T_cam_obj,
-        confidence=float(np.clip(calibration.apply(quality(step)), 0.0, 1.0)),
+        confidence=score_of(step, calibration),
         covariance=step.covariance,
         source="offsets",
         inliers=step.inliers,
@@ -91,6 +92,11 @@ def refined_pose(pose: ObjectPose, refined: Refined | str, calibration: Calibrat
         refinements=pose.refinements + refined.rounds,
         terms=step.terms,
     )
+
+
+def score_of(step: Step, calibration: Calibration) -> float:
+    """The confidence, 0..1, of a pose that a step led to; ``calibration``: the network's own."""
+    return float(np.clip(REFINED.then(calibration).apply(quality(step)), 0.0, 1.0))
 
 
 def remark(refined: Refined | str) -> str:

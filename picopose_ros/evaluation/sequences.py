@@ -34,7 +34,7 @@ from picopose_ros.templates.renderer import MeshRenderer
 CLOSE, FALSE = 0.1, 0.2
 """ADD, in diameters, up to which a pose is right, and beyond which one called followed is false."""
 
-LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
+LEAST = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.83, 0.86, 0.9, 0.95)
 """Scores that are compared as the least one of a pose that is followed."""
 
 
