@@ -277,8 +277,10 @@ class InstanceNamer:
                 if distance[free_rows[i], free_tracks[j]] <= limit[free_rows[i], free_tracks[j]]
             ]
             found |= {rows[i]: tracks[j] for i, j in pairs}
-            free_rows = np.setdiff1d(free_rows, [i for i, _ in pairs])
-            free_tracks = np.setdiff1d(free_tracks, [j for _, j in pairs])
+            free_rows = free_rows[~np.isin(free_rows, [i for i, _ in pairs])]
+            free_tracks = free_tracks[~np.isin(free_tracks, [j for _, j in pairs])]
+            if not (len(free_rows) and len(free_tracks)):
+                break
         return found
 
     def _begin(
