@@ -5,7 +5,7 @@
 #   make test    set-up, linter, colcon build, tests
 #   make plugins   the segmenter's proposals of SAM, SAM 2 and FastSAM with those packages, apart from .venv
 #   make accuracy   the packaged weights on held-out objects; writes docs/accuracy.md
-#   make bench   how fast everything is, under 15 minutes; writes docs/performance.md
+#   make bench   how fast everything is, 13 to 19 minutes; writes docs/performance.md
 #   make soak    load and faults against the real node; writes docs/soak.md
 #   make clean   removes the environments and all build results
 #
