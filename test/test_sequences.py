@@ -127,7 +127,7 @@ def test_errors_are_counted(renderer: MeshRenderer, mesh: ObjectMesh) -> None:
     """From the third image on it is off by .3 d, from the fifth on it is uncertain."""
     shots = film(renderer, mesh, "still")
     far = np.r_[0.3 * mesh.diameter, 0, 0, 0, 0, 0]
-    oracle = Oracle(renderer, mesh, shots, lambda n: far * (n >= 2), lambda n: 0.9 if n < 4 else 0.4)
+    oracle = Oracle(renderer, mesh, shots, lambda n: far * (n >= 2), lambda n: 0.9 if n < 4 else 0.78)
     found = measure(oracle, mesh, "still", iter(shots))
     assert found.answered == 1.0 and found.recall == pytest.approx(2 / 7)
     assert [step[0] for step in found.steps] == ["followed"] * 3 + ["uncertain"] * 3
