@@ -45,8 +45,11 @@ WORKSPACE := build/colcon/$(ROS)
 # Modules are compiled when they are first imported and kept; most of torch never is.
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile
 PINS := requirements/core.txt requirements/dev.txt requirements/training.txt requirements/$(ROS).txt
-INTERFACES := CMakeLists.txt package.xml plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
-	$(wildcard msg/* srv/* action/* launch/* config/* scripts/picopose* scripts/segmenter_node plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+OTHERS := vision_msgs tf2_msgs yolo_msgs
+MESSAGES := plain_ros/fix_wheels.cmake scripts/build_interfaces.sh \
+	$(wildcard plain_ros/*/CMakeLists.txt plain_ros/*/package.xml plain_ros/*/msg/*)
+INTERFACES := CMakeLists.txt package.xml \
+	$(wildcard msg/* srv/* action/* launch/* config/* scripts/picopose* scripts/segmenter_node)
 
 # The messages are generated while pip installs the rest.
 MAKEFLAGS += --jobs=2
@@ -85,8 +88,12 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/packages
 	$(PIP) --constraint requirements/core.txt $(TORCH_INDEX:%=--extra-index-url %) --requirement $<
 	@touch $@
 
-$(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/ros
-	scripts/build_interfaces.sh $(VENV) build/interfaces/$(ROS)
+$(STAMPS)/messages: $(MESSAGES) $(STAMPS)/ros
+	scripts/build_interfaces.sh $(VENV) build/interfaces/$(ROS) $(OTHERS:%=plain_ros/%)
+	@touch $@
+
+$(STAMPS)/interfaces: $(INTERFACES) $(STAMPS)/messages
+	scripts/build_interfaces.sh $(VENV) build/interfaces/$(ROS) .
 	@touch $@
 
 # After torch: two pips must not work on one environment at the same time.
@@ -127,14 +134,14 @@ soak: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 
-# While pip installs the largest packages.
-colcon-build: $(STAMPS)/interfaces $(STAMPS)/packages
+# While pip installs the largest packages, and beside the same messages for the environment.
+colcon-build: $(STAMPS)/messages $(STAMPS)/packages
 	scripts/check_colcon.sh build $(VENV) $(WORKSPACE)
 
 colcon: setup colcon-build
 	scripts/check_colcon.sh inspect $(VENV) $(WORKSPACE)
 
-# Files in their own order: by default those with few tests come last, and these are the long ones.
+# Files in the order of conftest.py: by default those with few tests come last, and these are the long ones.
 test: setup colcon-build
 	$(VENV)/bin/ruff check .
 	scripts/check_colcon.sh inspect $(VENV) $(WORKSPACE)

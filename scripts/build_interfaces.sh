@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Generates the ROS interfaces that PyPI does not have (vision_msgs, tf2_msgs, yolo_msgs, this package's own) and installs
-# them into a virtual environment that holds the ROS wheels; such an environment is a ROS prefix.
+# Generates ROS interfaces that PyPI does not have (of the folders in plain_ros, or of this package) and installs them
+# into a virtual environment that holds the ROS wheels; such an environment is a ROS prefix.
 #
-# usage: build_interfaces.sh VENV BUILD_FOLDER
+# usage: build_interfaces.sh VENV BUILD_FOLDER SOURCE...
 set -euo pipefail
+usage="usage: build_interfaces.sh VENV BUILD_FOLDER SOURCE..."
 root="$(cd "$(dirname "$0")/.." && pwd)"
-venv="$(cd "${1:?usage: build_interfaces.sh VENV BUILD_FOLDER}" && pwd)"
-mkdir -p "${2:?usage: build_interfaces.sh VENV BUILD_FOLDER}"
+venv="$(cd "${1:?$usage}" && pwd)"
+mkdir -p "${2:?$usage}"
 build="$(cd "$2" && pwd)"
+shift 2
 # make's job server is not for ninja: its pipe is closed here.
 unset MAKEFLAGS MFLAGS
 export PATH="$venv/bin:$PATH" AMENT_PREFIX_PATH="$venv"
 
-for source in "$root/plain_ros/vision_msgs" "$root/plain_ros/tf2_msgs" "$root/plain_ros/yolo_msgs" "$root"; do
+for source in "${@:?$usage}"; do
+  source="$(cd "$source" && pwd)"
   folder="$build/$(basename "$source")"
   if [ "$source" = "$root" ]; then folder="$build/picopose_ros"; fi
   log="$folder.log"

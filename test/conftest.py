@@ -24,11 +24,24 @@ if TYPE_CHECKING:  # everything else is tested without ROS
     from node_harness import Client, NodeProcess, Scene
 
 
+LONG = (
+    *("soak", "demo", "onnx", "training_loop", "node_managed"),
+    *("bop_run", "bop_tables", "fast", "node_bad_input"),
+)
+"""Files that take longest, so that none of them begins when the other workers have nothing left to do."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Garbage collection leaves out what the test modules import."""
     with importing():
         return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first; within a file the order stays."""
+    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
