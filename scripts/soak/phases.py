@@ -121,15 +121,20 @@ class Soak:
         """Start the node; returns the seconds until it was ready.
 
         Raises:
-            SoakError: it ended, or took too long.
+            SoakError: it ended, can't be configured, or took too long.
         """
         started = time.monotonic()
         self.client.forget_diagnostics()
         self.node.start()
-        if not self.client.wait(lambda: self.client.ready() or not self.node.alive, 10 * PATIENCE):
+
+        def refused() -> bool:
+            return not self.node.alive or "stays unconfigured" in self.node.log
+
+        if not self.client.wait(lambda: self.client.ready() or refused(), 10 * PATIENCE):
             raise SoakError(f"the node was not ready after {10 * PATIENCE:g} s; see {self.node.log_path}")
-        if not self.node.alive:
-            raise SoakError(f"the node ended; see {self.node.log_path}")
+        if refused():
+            what = "can't be configured" if self.node.alive else "ended"
+            raise SoakError(f"the node {what}; see {self.node.log_path}")
         return time.monotonic() - started
 
     def memory_over(self, duration: float) -> list[tuple[float, int]]:
