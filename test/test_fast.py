@@ -292,6 +292,18 @@ def test_once_warm_nothing_is_compiled_any_more(world, released):
     assert len(count) == before
 
 
+def test_only_what_is_compiled_is_warmed_up_in_every_size(world, monkeypatch):
+    estimator = world.make(PoseEstimator, "tiny", max_batch=4)
+    network, sizes = estimator._network, []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda crops: (sizes.append(len(crops)), encode(crops))[1])
+    estimator.warm_up()
+    assert sizes == [1]
+    network.compiles = True
+    estimator.warm_up()
+    assert sizes[1:] == [1, 2, 4]
+
+
 def test_where_it_cannot_be_compiled_it_goes_on_with_a_warning(world, released, caplog):
     torch._dynamo.reset()
 
