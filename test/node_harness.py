@@ -31,7 +31,9 @@ from picopose_ros.msg import SegmentArray
 from rcl_interfaces.srv import GetParameters, SetParameters
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.parameter import Parameter, parameter_value_to_python
+from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
@@ -90,6 +92,17 @@ def write_weights(path: Path) -> Path:
     torch.manual_seed(3)
     save_model(PicoPose(preset("tiny")).eval(), path)
     return path
+
+
+def send_to(publisher: Publisher, message: Any, patience: float = 10.0) -> None:
+    """Publish a message; again where the machine is so busy that DDS gives up after its tenth of a second."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return publisher.publish(message)
+        except rclpy_implementation.RCLError:
+            if time.monotonic() > deadline:
+                raise
 
 
 @dataclass(frozen=True)
@@ -445,13 +458,13 @@ class Client:
     def send_frame(self, scene: Scene, stamp: int | None = None) -> int:
         """Publish image and camera_info; returns their stamp."""
         stamp = self.next_stamp() if stamp is None else stamp
-        self.image.publish(image_message(scene.rgb, stamp))
-        self.camera_info.publish(camera_message(stamp))
+        send_to(self.image, image_message(scene.rgb, stamp))
+        send_to(self.camera_info, camera_message(stamp))
         return stamp
 
     def send_segments(self, segments: Sequence[Segment], stamp: int) -> None:
         """Publish a segmentation."""
-        self.segmentation.publish(segments_message(segments, stamp))
+        send_to(self.segmentation, segments_message(segments, stamp))
 
     def detections(self, stamp: int, timeout: float = DEADLINE) -> Detection3DArray:
         """The answer with this stamp, waiting for it."""

@@ -20,6 +20,7 @@ from node_harness import (
     image_message,
     make_scene,
     segments_message,
+    send_to,
 )
 from picopose_ros.msg import SegmentArray
 from sensor_msgs.msg import CameraInfo, Image
@@ -56,11 +57,10 @@ def send(
 ) -> None:
     """One frame with some of its messages replaced."""
     stamp = client.next_stamp()
-    client.image.publish(image(stamp) if image else image_message(scene.rgb, stamp))
-    client.camera_info.publish(camera(stamp) if camera else camera_message(stamp))
-    client.segmentation.publish(
-        segmentation(stamp) if segmentation else segments_message(scene.segments, stamp)
-    )
+    send_to(client.image, image(stamp) if image else image_message(scene.rgb, stamp))
+    send_to(client.camera_info, camera(stamp) if camera else camera_message(stamp))
+    masks = segmentation(stamp) if segmentation else segments_message(scene.segments, stamp)
+    send_to(client.segmentation, masks)
 
 
 def zero_intrinsics(client: Client, scene: Scene) -> None:
