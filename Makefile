@@ -134,7 +134,7 @@ soak: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 
-# While pip installs the largest packages, and beside the same messages for the environment.
+# While pip installs torch, and beside the same messages for the environment.
 colcon-build: $(STAMPS)/messages $(STAMPS)/packages
 	scripts/check_colcon.sh build $(VENV) $(WORKSPACE)
 

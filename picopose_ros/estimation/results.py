@@ -60,8 +60,8 @@ class ObjectPose:
     Attributes:
         class_id: class of the bank, also where the segment named an alias.
         T_cam_obj: (4, 4) float64 mesh's own frame -> camera, metres.
-        confidence: 0..1, how much of the segment the pose explains and how well the correspondences agree;
-            calibrated weights turn that into the share of such poses that were right on their benchmark.
+        confidence: 0..1, from how much of the segment the pose explains and how well the correspondences
+            agree, mapped to the share of such poses that were right on held-out renderings.
         covariance: (6, 6) of x, y, z (m) and the rotation about the camera's fixed axes (rad): ROS's order.
         source: ``offsets`` (stage 3 and PnP) or ``affine`` (stage 2 alone, where PnP found nothing).
         segment: index of the segment in the input.

@@ -155,7 +155,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "min_score",
         MIN_SCORE,
-        "Poses with a lower score, the probability that they are right, are not published.",
+        "Poses with a lower score are not published; it is meant as the probability that a pose is right.",
         minimum=0.0,
         maximum=1.0,
         changeable=Changeable.ALWAYS,
