@@ -327,6 +327,7 @@ OF_A_PART = frozenset(
     {
         *("bad_depth", "bad_segment", "empty_mask", "small_mask", "unknown_class", "no_pose", "low_score"),
         *("unrefined", "views_forgotten", "bad_frame_id", "no_transform", "no_overlay"),
+        "not_sent",
     }
 )
 """Reasons that drop a segment or an output beside the detections: the segmentation is still answered."""

@@ -11,10 +11,23 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import rclpy
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus
-from node_harness import HEIGHT, WIDTH, Scene, camera_message, header, image_message, segments_message
+from node_harness import (
+    HEIGHT,
+    WIDTH,
+    Scene,
+    camera_message,
+    header,
+    image_message,
+    next_domain,
+    segments_message,
+)
+from rclpy.context import Context
+from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import CompressedImage
+from std_msgs.msg import String
 from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesisWithPose
 
 from picopose_ros.errors import ImageError, MeshError, SegmentError
@@ -31,9 +44,10 @@ from picopose_ros.messages.segmentations import (
 from picopose_ros.model import load_model
 from picopose_ros.node import transforms
 from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnostics_message
-from picopose_ros.node.drops import DropCount
+from picopose_ros.node.drops import DropCount, DropLog
 from picopose_ros.node.memory import give_back
 from picopose_ros.node.objects import MeshFolder, describe_change
+from picopose_ros.node.subscriptions import OutputPublisher, counting_refusals
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown
 from picopose_ros.templates.meshes import ObjectSpec, Symmetries
 
@@ -458,3 +472,27 @@ def test_the_target_frame_is_found_at_the_images_stamp(tf2_ros: types.ModuleType
     with pytest.raises(TransformUnknown, match="from 'camera' to target_frame 'base_link'.*at 6"):
         target.lookup(header(6, "camera"))
     target.close()
+
+
+# What DDS refuses.
+
+
+def test_a_refused_message_is_counted_and_named() -> None:
+    """The binding refuses for real once the context is shut down; nothing is raised to who publishes."""
+    context, told = Context(), list[str]()
+    rclpy.init(context=context, domain_id=next_domain())
+    node = LifecycleNode("refused", context=context)
+    try:
+        drops = DropLog(told.append)
+        output = OutputPublisher(node, drops, String, "said", 1, managed=False)
+        plain = node.create_publisher(String, "tf", 1)
+        output.publish(String(data="heard"))
+        assert drops.total() == 0
+        context.shutdown()
+        output.publish(String(data="refused"))
+        with counting_refusals(drops, "/tf"):
+            plain.publish(String(data="refused"))
+    finally:
+        context.try_shutdown()
+    assert drops.snapshot()[DropReason.NOT_SENT].count == 2 == drops.total()
+    assert "[not_sent] a message on /said was not sent" in told[0] and "context is invalid" in told[0]

@@ -37,6 +37,7 @@ class DropReason(str, Enum):
     BAD_FRAME_ID = "bad_frame_id"
     NO_TRANSFORM = "no_transform"
     NO_OVERLAY = "no_overlay"
+    NOT_SENT = "not_sent"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -31,7 +31,7 @@ from picopose_ros.node.markers import MeshResource, clearing_markers, marker_arr
 from picopose_ros.node.objects import ObjectSet
 from picopose_ros.node.pairing import Pair
 from picopose_ros.node.parameters import NodeParameters
-from picopose_ros.node.subscriptions import OutputPublisher
+from picopose_ros.node.subscriptions import OutputPublisher, counting_refusals
 from picopose_ros.node.transforms import TargetFrame, TransformUnknown
 from picopose_ros.templates.meshes import ObjectSpec
 
@@ -108,14 +108,14 @@ class Answers:
         ]
         # Whoever comes later gets the last one, as with robot_description.
         self._outputs["symmetries"] = OutputPublisher(
-            self._node, String, "object_symmetries", 1, managed=False, latched=True
+            self._node, self._drops, String, "object_symmetries", 1, managed=False, latched=True
         )
         if self._broadcaster is None:
             kinds.append(("tf", TFMessage, "/tf", 100))
         if p.target_frame:
             kinds.append(("target", Detection3DArray, "detections_in_target_frame", 10))
         for name, kind, topic, depth in kinds:
-            self._outputs[name] = OutputPublisher(self._node, kind, topic, depth)
+            self._outputs[name] = OutputPublisher(self._node, self._drops, kind, topic, depth)
         if p.target_frame:
             self._target = TargetFrame(self._node, p.target_frame)
 
@@ -287,6 +287,7 @@ class Answers:
         if not made:
             return
         if self._broadcaster is not None:
-            self._broadcaster.sendTransform(made)
+            with counting_refusals(self._drops, "/tf"):
+                self._broadcaster.sendTransform(made)
         else:
             self._outputs["tf"].publish(TFMessage(transforms=made))

@@ -100,7 +100,9 @@ class PicoPoseNode(ManagedNode):
         self._drops_reported = 0
         self._problems: set[str] = set()
         self._problems_told: set[str] = set()
-        self._diagnostics = OutputPublisher(self, DiagnosticArray, "/diagnostics", 10, managed=False)
+        self._diagnostics = OutputPublisher(
+            self, self._drops, DiagnosticArray, "/diagnostics", 10, managed=False
+        )
 
         guard = self._drops.guard
         # Not the node's clock: with simulated time a paused bag would stop the housekeeping too.

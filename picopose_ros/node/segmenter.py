@@ -107,7 +107,9 @@ class SegmenterNode(ManagedNode):
         self._finished = True
         self._drops_reported = 0
         self._progress = ""
-        self._diagnostics = OutputPublisher(self, DiagnosticArray, "/diagnostics", 10, managed=False)
+        self._diagnostics = OutputPublisher(
+            self, self._drops, DiagnosticArray, "/diagnostics", 10, managed=False
+        )
         guard = self._drops.guard
         self.create_timer(HOUSEKEEPING_PERIOD, guard(self._housekeeping), clock=self.steady)
         self.create_timer(1.0, guard(self._publish_diagnostics), clock=self.steady)
@@ -147,7 +149,7 @@ class SegmenterNode(ManagedNode):
         worker.settled.wait()
         if worker.failure is not None:
             raise worker.failure
-        self._output = OutputPublisher(self, SegmentArray, "segmentation", 10)
+        self._output = OutputPublisher(self, self._drops, SegmentArray, "segmentation", 10)
         self._progress = ""
         objects = ", ".join(sorted(self._objects.banks))
         self.get_logger().info(

@@ -10,6 +10,7 @@ from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.duration import Duration, Infinite
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.exceptions import InvalidParameterTypeException
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.lifecycle import LifecycleNode
 from rclpy.node import Node
 from rclpy.publisher import Publisher
@@ -27,6 +28,8 @@ from rclpy.subscription import Subscription
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.messages.reasons import DropReason
+from picopose_ros.node.drops import DropLog
 
 POLICIES = (
     QoSPolicyKind.HISTORY,
@@ -168,11 +171,27 @@ class InputSubscription:
         )
 
 
+@contextmanager
+def counting_refusals(drops: DropLog, topic: str) -> Iterator[None]:
+    """Count a message on a topic that the middleware refuses; nothing is raised."""
+    try:
+        yield
+    except rclpy_implementation.RCLError as error:
+        drops.record(
+            DropReason.NOT_SENT,
+            f"a message on {topic} was not sent, DDS refused it ({str(error).splitlines()[0]}): the machine "
+            "is overloaded, a subscriber takes none of its messages, or ROS is being shut down",
+        )
+
+
 class OutputPublisher:
     """A publisher whose QoS can be overridden, and that tells who can't hear it.
 
+    A message that the middleware refuses is counted, and what comes after it is sent all the same.
+
     Args:
         node: owner; a lifecycle node.
+        drops: where refused messages are counted.
         message_type: of the topic.
         topic: name, remapped as usual.
         depth: messages that are kept for slow subscribers.
@@ -186,6 +205,7 @@ class OutputPublisher:
     def __init__(
         self,
         node: LifecycleNode,
+        drops: DropLog,
         message_type: type,
         topic: str,
         depth: int,
@@ -193,6 +213,7 @@ class OutputPublisher:
         latched: bool = False,
     ) -> None:
         self._node = node
+        self._drops = drops
         self._managed = managed
         durability = DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE
         self._qos = QoSProfile(depth=depth, durability=durability)
@@ -218,7 +239,8 @@ class OutputPublisher:
 
     def publish(self, message: Any) -> None:
         """Send a message; nothing happens where the publisher is managed and the node isn't active."""
-        self._publisher.publish(message)
+        with counting_refusals(self._drops, self.topic):
+            self._publisher.publish(message)
 
     def destroy(self) -> None:
         """Leave the topic."""
