@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from std_msgs.msg import Header
 
 from picopose_ros.messages.reasons import DropReason
 from picopose_ros.node.drops import DropCount
+from picopose_ros.node.memory import resident
 
 
 class Latencies:
@@ -63,8 +62,7 @@ class Rates:
 
 def memory_use(device: str) -> dict[str, str]:
     """Resident memory of this process, and what PyTorch has of a graphics card's; in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    use = {"memory_mb": f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e6:.0f}"}
+    use = {"memory_mb": f"{resident() / 1e6:.0f}"}
     if device.startswith("cuda"):
         use["device_name"] = torch.cuda.get_device_name(device)
         use["device_memory_mb"] = f"{torch.cuda.memory_reserved(device) / 1e6:.0f}"

@@ -26,7 +26,7 @@ from picopose_ros.node.following import Following
 from picopose_ros.node.lifecycle import LoadingInterrupted, ManagedNode
 from picopose_ros.node.listener import Listener
 from picopose_ros.node.logs import RosLogHandler
-from picopose_ros.node.memory import give_back
+from picopose_ros.node.memory import Growth, give_back, trim
 from picopose_ros.node.objects import ObjectSet
 from picopose_ros.node.pairing import Pair, format_stamp
 from picopose_ros.node.parameters import (
@@ -90,6 +90,7 @@ class PicoPoseNode(ManagedNode):
         self._engine: Engine | None = None
         self._worker: NewestWorker[Pair] | None = None
         self._reader: FrameReader | None = None
+        self._growth = Growth()
         # For those who ask while it happens.
         self._progress = ""
         self._loaded = ""
@@ -153,6 +154,7 @@ class PicoPoseNode(ManagedNode):
         worker.settled.wait()
         if worker.failure is not None:
             raise worker.failure
+        trim()  # onboarding leaves as much behind as banks and network take
         self._progress = ""
         self._answers.open(p, topics["image"])
         self._answers.use_objects(engine.objects)
@@ -279,6 +281,7 @@ class PicoPoseNode(ManagedNode):
         details["following"] = "; ".join(report) if p.follow else "off"
         if self._progress:
             details["loading"] = self._progress
+        self._growth.look(time.monotonic())
         details |= memory_use(device)
         details |= {f"publishers_{topic}": str(count) for topic, count in listener.publishers.items()}
         problems = list(

@@ -30,6 +30,7 @@ from picopose_ros.node.diagnostics import Latencies, NodeStatus, Rates, diagnost
 from picopose_ros.node.drops import DropLog
 from picopose_ros.node.engine import resolve_device
 from picopose_ros.node.lifecycle import LoadingInterrupted, ManagedNode
+from picopose_ros.node.memory import Growth
 from picopose_ros.node.objects import MeshFolder, ObjectSet
 from picopose_ros.node.pairing import format_stamp
 from picopose_ros.node.parameters import judge_parameters
@@ -106,6 +107,7 @@ class SegmenterNode(ManagedNode):
         self._counts = {"images_received": 0, "images_segmented": 0, "segments_published": 0}
         self._finished = True
         self._drops_reported = 0
+        self._growth = Growth()
         self._progress = ""
         self._diagnostics = OutputPublisher(
             self, self._drops, DiagnosticArray, "/diagnostics", 10, managed=False
@@ -292,6 +294,7 @@ class SegmenterNode(ManagedNode):
         dropped = self._drops.total()
         p, segmenter = self._settings, self._segmenter
         device = p.device if segmenter is None else str(segmenter.matcher.device)
+        self._growth.look(time.monotonic())
         details = {"proposals": p.segmenter_proposals, "objects": ", ".join(sorted(self._objects.banks))}
         if self._progress:
             details["loading"] = self._progress
