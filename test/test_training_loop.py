@@ -157,6 +157,20 @@ def test_a_killed_run_resumes_to_the_same_weights(config: TrainConfig, tmp_path:
     assert picture.shape == (34 + 2 * 224, 4 * 224, 3)
 
 
+def test_a_run_starts_from_a_whole_network(config: TrainConfig, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    given = PicoPose(preset("tiny")).eval()
+    save_model(given, tmp_path / "given.safetensors")
+    for start_from, wanted in ((tmp_path / "given.safetensors", given), ("packaged", load_model("tiny"))):
+        trainer = Trainer(replace(config, out=str(tmp_path / "run"), start_from=str(start_from)))
+        assert not trainer.start()
+        for model in (trainer.model, trainer.average):
+            for name, tensor in model.state_dict().items():
+                torch.testing.assert_close(tensor, wanted.state_dict()[name], rtol=1e-3, atol=1e-4)
+    with pytest.raises(CheckpointError, match="missing"):
+        Trainer(replace(config, out=str(tmp_path / "run"), start_from=str(tmp_path / "missing"))).start()
+
+
 def test_the_mean_of_two_networks_has_statistics_of_its_own(config: TrainConfig, tmp_path: Path) -> None:
     torch.manual_seed(1)
     pair = [PicoPose(preset("tiny")).eval() for _ in range(2)]
@@ -564,6 +578,7 @@ def test_medians_are_over_all_cells() -> None:
         ("shards: [{shards: x}]", r"shards\[0\]"),
         ("backbone_weights: x.pth\nbackbone_rate: 2", "backbone_rate is 2"),
         ("{preset: vits, losses: tiny}", "losses is 'tiny'"),
+        ("{start_from: packaged, backbone_weights: packaged}", "both given"),
         ("[1]", "keys and values"),
         ("[", "cannot be read"),
     ],

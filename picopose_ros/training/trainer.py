@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from picopose_ros.errors import CheckpointError, PicoPoseError
-from picopose_ros.model import PicoPose, preset, save_model
+from picopose_ros.model import PicoPose, load_model, preset, save_model
 from picopose_ros.model.backbone import ConvNetBackbone
 from picopose_ros.training.config import TrainConfig
 from picopose_ros.training.curves import replace_file
@@ -174,11 +174,15 @@ class Trainer:
         """Resume the run in the folder, or begin a new one; True where it was resumed.
 
         Raises:
-            CheckpointError: as `resume`, or backbone weights that cannot be used.
+            CheckpointError: as `resume`, or weights to start from that cannot be used.
         """
         if self.resume():
             return True
-        if self.config.form == "released":
+        if self.config.start_from:
+            given = None if self.config.start_from == "packaged" else self.config.start_from
+            whole = load_model(self.config.preset, given, self.config.device)
+            self.model.load_state_dict(whole.state_dict())
+        elif self.config.form == "released":
             start_released(self.model, self.config.backbone_weights)
         elif self.config.backbone_weights:
             given = self.config.backbone_weights
