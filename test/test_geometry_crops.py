@@ -12,11 +12,13 @@ from picopose_ros.geometry.crops import (
     CropBox,
     crop_box_from_bbox,
     crop_box_from_mask,
+    crop_box_of_extent,
     crop_mask,
     crop_points_consistent,
     crop_points_nearest,
     crop_rgb,
     mask_background,
+    window,
 )
 
 
@@ -107,3 +109,18 @@ def test_masked_background_is_black_like_a_template():
     black = crop_rgb(np.zeros_like(rgb), box)
     np.testing.assert_array_equal(crop[..., 112:], black[..., 112:])
     assert (crop[..., :112] > 1).all() and crop.dtype == np.float32
+
+
+def test_a_box_may_reach_out_of_the_image() -> None:
+    image = np.arange(6 * 8, dtype=np.uint8).reshape(6, 8)
+    box = crop_box_of_extent(np.array([-3.0, 1.0]), np.array([4.2, 5.0]))
+    assert (box.left, box.top, box.side) == (-4, -1, 8)  # a square around both, of whole pixels
+    region = window(image, box)
+    assert not region[0].any() and not region[:, :4].any() and not region[7].any()
+    np.testing.assert_array_equal(region[1:7, 4:], image[:, :4])
+    assert np.shares_memory(window(image, CropBox(2, 1, 4)), image), "what is inside is not copied"
+    assert not window(image, CropBox(20, 1, 4)).any()
+    assert not window(image, CropBox(0, -9, 4)).any()
+    outside = crop_rgb(np.full((6, 8, 3), 200, np.uint8), CropBox(-8, 0, 8))
+    np.testing.assert_allclose(outside, np.broadcast_to(BACKGROUND[:, None, None], outside.shape), atol=1e-6)
+    assert not crop_mask(np.ones((6, 8), bool), CropBox(-8, 0, 8)).any()

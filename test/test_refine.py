@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import trimesh
 from oracle import OracleModel
 from scipy.spatial.transform import Rotation
@@ -16,15 +17,18 @@ from picopose_ros.errors import ConfigError, ImageError
 from picopose_ros.estimation import refine as refine_module
 from picopose_ros.estimation.confidence import REFINED, Calibration
 from picopose_ros.estimation.evidence import Weights
+from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.refine import Refined, Start, Task, refine_poses
 from picopose_ros.estimation.refine_step import Look, Step, grown
 from picopose_ros.estimation.refining import score_of
 from picopose_ros.estimator import EstimatorSettings, ObjectPose, PoseEstimator
 from picopose_ros.evaluation.released_schedule import ReleasedEstimator
 from picopose_ros.geometry.cameras import CameraModel
+from picopose_ros.geometry.crops import CROP_SIZE, crop_box_from_mask
 from picopose_ros.geometry.least_squares import moved
 from picopose_ros.geometry.poses import make_transform, rotation_angle_deg
 from picopose_ros.model import load_model
+from picopose_ros.model.fast import Refining
 from picopose_ros.segmentation import Segment
 from picopose_ros.templates.bank import TemplateBank, build_bank
 from picopose_ros.templates.meshes import ObjectMesh, ObjectSpec, load_object
@@ -165,6 +169,31 @@ def test_a_silhouette_that_is_too_small_does_not_hide_the_objects_edge(
     monkeypatch.setattr(refine_module, "RIM", 0.0)
     without = world.misses(world.estimator.refine(world.rgb, CAMERA, far).poses)[2]
     assert with_rim < 0.005 and with_rim < 0.7 * without
+
+
+def test_what_leaves_the_image_is_shown_as_large_as_in_the_view(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = world.masks["bar"]
+    rows = np.flatnonzero(mask.any(1))
+    below = int(rows[0] + 0.6 * len(rows))
+    assert len(rows) > 1.2 * mask.any(0).sum(), "it is cut across its longer side"
+    rgb, camera = world.rgb[:below], CameraModel(K, SIZE[0], below)
+    shown: list[np.ndarray] = []
+    start = Network.start
+
+    def spied(network: Network, affines: torch.Tensor, patches: torch.Tensor) -> Refining:
+        shown.extend(affines.numpy())
+        return start(network, affines, patches)
+
+    monkeypatch.setattr(Network, "start", spied)
+    pose = world.poses()[1]
+    world.estimator.refine(rgb, camera, [pose])
+    scales = [np.sqrt(np.linalg.det(affine[:2, :2])) for affine in shown]
+    assert len(scales) == 2 and all(0.85 < scale < 1.05 for scale in scales), scales
+    # The crop of what is seen would show it larger.
+    box = crop_box_from_mask(mask[:below])
+    assert CROP_SIZE / box.side > 1.2 * max(scales) * CROP_SIZE / crop_box_from_mask(mask).side
 
 
 def test_a_mask_grows_by_a_share_of_its_longer_side_inside_the_image() -> None:

@@ -110,6 +110,28 @@ def crop_box_from_bbox(x: float, y: float, w: float, h: float, height: int, widt
     return _square(x, y, x + w, y + h, height, width)
 
 
+def crop_box_of_extent(low: np.ndarray, high: np.ndarray) -> CropBox:
+    """Square box around what lies between two pixels (2,); it may reach out of the image."""
+    half = max(int(np.ceil((high - low).max() / 2)), 1)
+    left, top = np.floor((low + high) / 2).astype(int) - half
+    return CropBox(int(left), int(top), 2 * half)
+
+
+def window(image: np.ndarray, box: CropBox) -> np.ndarray:
+    """The region (side, side, ...) of an image (H, W, ...) that a box names; 0 outside the image."""
+    height, width = image.shape[:2]
+    right, bottom = box.left + box.side, box.top + box.side
+    if box.left >= 0 and box.top >= 0 and right <= width and bottom <= height:
+        return image[box.slices]
+    region = np.zeros((box.side, box.side, *image.shape[2:]), image.dtype)
+    rows = slice(max(box.top, 0), max(min(bottom, height), 0))
+    columns = slice(max(box.left, 0), max(min(right, width), 0))
+    part = image[rows, columns]
+    y, x = rows.start - box.top, columns.start - box.left
+    region[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return region
+
+
 def normalise_crop(rgb01: np.ndarray) -> np.ndarray:
     """RGB (S, S, 3) in [0, 1] -> the network's input (3, S, S) float32: BGR, CLIP-normalised."""
     bgr = np.empty((3, *rgb01.shape[:2]), np.float32)
@@ -119,17 +141,17 @@ def normalise_crop(rgb01: np.ndarray) -> np.ndarray:
 
 
 def crop_rgb(rgb: np.ndarray, box: CropBox) -> np.ndarray:
-    """Crop RGB uint8 (H, W, 3) to the network's input (3, 224, 224) float32.
+    """Crop RGB uint8 (H, W, 3) to the network's input (3, 224, 224) float32; black outside the image.
 
     Bilinear without antialiasing, on values already divided by 255, as the released network does.
     """
-    region = rgb[box.slices].astype(np.float64) / 255.0
+    region = window(rgb, box).astype(np.float64) / 255.0
     return normalise_crop(cv2.resize(region, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR))
 
 
 def crop_mask(mask: np.ndarray, box: CropBox) -> np.ndarray:
     """Crop a mask (H, W) to (224, 224) uint8 in {0, 1}, nearest neighbour."""
-    region = (mask[box.slices] != 0).astype(np.uint8)
+    region = (window(mask, box) != 0).astype(np.uint8)
     return cv2.resize(region, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
