@@ -240,11 +240,22 @@ def test_half_precision_is_near(world, precision):
 @pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("DEFAULT", torch.float32)])
 def test_bf16_needs_what_pytorch_may_use_of_the_processor(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert resolve_precision("auto", torch.device("cpu")) == dtype
     if dtype == torch.float32:
         with pytest.raises(ConfigError, match="forbids: unset it"):
             resolve_precision("bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("there", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_instructions_for_bf16_are_used_without_matrix_units(monkeypatch, there, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert resolve_precision("auto", torch.device("cpu")) == dtype
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
 
 
 def test_precision_suits_the_device(monkeypatch):

@@ -98,8 +98,8 @@ class EstimatorSettings:
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     """The type that matrix products are computed in.
 
-    ``auto`` is fp16 on CUDA, bf16 on a CPU with matrix units for it (AMX; without them fp32 is faster), and
-    fp32 elsewhere.
+    ``auto`` is fp16 on CUDA, bf16 on a CPU with instructions for it (AMX, AVX512_BF16; without them fp32 is
+    faster), and fp32 elsewhere.
 
     Raises:
         ConfigError: there is no such precision.
@@ -107,15 +107,21 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     if name not in get_args(Precision):
         raise ConfigError(f"precision is '{name}', choose one of {', '.join(get_args(Precision))}")
     # PyTorch's attention in bf16 fails where the processor has AMX that PyTorch was told not to use.
-    units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    usable = units and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    units = device.type == "cpu" and _cpu_has("amx_tile")
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if usable else torch.float32
-    if name == "bf16" and units and not usable:
+        instructions = device.type == "cpu" and (units or _cpu_has("avx512_bf16"))
+        return torch.bfloat16 if instructions and allowed else torch.float32
+    if name == "bf16" and units and not allowed:
         raise ConfigError("precision is 'bf16', which ATEN_CPU_CAPABILITY forbids: unset it or take 'fp32'")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _cpu_has(instructions: str) -> bool:
+    """Whether PyTorch knows that the processor has some instructions; older versions can't tell of all."""
+    return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
 
 
 def torch_device(name: str | torch.device) -> torch.device:
