@@ -36,7 +36,7 @@ from picopose_ros.estimation.results import (
     SegmentTrace,
     StageClock,
 )
-from picopose_ros.estimation.retrieval import choose_templates
+from picopose_ros.estimation.retrieval import best_crops, choose_templates
 from picopose_ros.estimation.settings import Backend, EstimatorSettings, Precision, torch_device
 from picopose_ros.estimation.solving import SolvedHypothesis, place_template, solve_hypothesis
 from picopose_ros.geometry.cameras import CameraModel
@@ -192,14 +192,14 @@ class PoseEstimator:
         check_image(rgb, camera)
         depth = None if depth is None else in_metres(depth, camera)
         clock = StageClock(self.device)
-        queries, skipped = self._crop(rgb, segments)
+        queries, skipped = self._crop(rgb, segments, self._border_crops)
         clock.lap("crop")
         if not queries:
             return EstimateResult([], sorted(skipped), clock.milliseconds())
         with torch.inference_mode():
             features = self._encode(queries)
             clock.lap("encode")
-            chosen = self._retrieve(queries, features)
+            queries, features, chosen = self._retrieve(queries, features)
             clock.lap("match")
             found = self._regress(queries, features, chosen, trace, keep=self.settings.prune or None)
             solved = self._solve(queries, chosen, found, camera, clock)
@@ -361,13 +361,21 @@ class PoseEstimator:
             settings.onnx_dir,
         )
 
+    @property
+    def _border_crops(self) -> bool:
+        """Whether crops may reach out of the image, which those of the released network never do."""
+        settings = self.settings
+        return settings.border_crops and self.model.reranks and settings.decode != "reference"
+
     def _crop(
-        self, rgb: np.ndarray, segments: Sequence[Segment]
+        self, rgb: np.ndarray, segments: Sequence[Segment], beyond: bool = False
     ) -> tuple[list[Query], list[tuple[int, str]]]:
         """The queries, and of the other segments the index and the reason; see `make_queries`."""
         settings = self.settings
         blacken = self.model.config.mask_background and not settings.keep_background
-        return make_queries(rgb, segments, self.banks, self._aliases, blacken, settings.min_mask_pixels)
+        return make_queries(
+            rgb, segments, self.banks, self._aliases, blacken, settings.min_mask_pixels, beyond
+        )
 
     def _encode(self, queries: Sequence[Query]) -> Prepared:
         """Features of the queries' crops, in their order."""
@@ -377,14 +385,22 @@ class PoseEstimator:
         """Stage 1: per query the score (N,) of every template of its bank."""
         return self._network.scores(queries, features)
 
-    def _retrieve(self, queries: Sequence[Query], features: Prepared) -> list[Choice]:
-        """Stage 1: the templates to try, best first within a query."""
-        return choose_templates(
-            self._scores(queries, features),
+    def _retrieve(
+        self, queries: Sequence[Query], features: Prepared
+    ) -> tuple[Sequence[Query], Prepared, list[Choice]]:
+        """Stage 1: one query per segment, its features, and the templates to try, best first within it."""
+        scores = self._scores(queries, features)
+        rows = best_crops([query.index for query in queries], scores)
+        if len(rows) < len(queries):
+            queries, scores = [queries[row] for row in rows], [scores[row] for row in rows]
+            features = features.select(torch.tensor(rows, device=self.device))
+        chosen = choose_templates(
+            scores,
             self.settings.hypotheses,
             self.settings.rerank if self.model.reranks else 0,
             lambda row, best: self._network.agreement(queries[row], features.descriptors[row], best),
         )
+        return queries, features, chosen
 
     def _regress(
         self,

@@ -16,6 +16,7 @@ from picopose_ros.errors import PicoPoseError
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
 from picopose_ros.estimation.refine_step import RIM, Look, Step, refine_step
+from picopose_ros.geometry.crops import CropBox
 from picopose_ros.geometry.depth import reliable_depth
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model.fast import Prepared
@@ -50,13 +51,15 @@ class Task:
         class_id: of a bank.
         mask: (H, W) bool, the segment in the undistorted image; None: the object's silhouette is taken.
         starts: poses, at least one.
-        features: of the mask's crop, where it was encoded before.
+        features: of the segment's crop, where it was encoded before.
+        box: of that crop, where it is not the one around the mask.
     """
 
     class_id: str
     mask: np.ndarray | None
     starts: tuple[Start, ...]
     features: Prepared | None = None
+    box: CropBox | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def _steps(
             mask,
             depth=depths.of(mask),
             features=task.features if given else None,
+            box=task.box if given else None,
             rim=0.0 if given else RIM,
         )
     for key, step in zip(looks, refine_step(network, rgb, K, list(looks.values()), blacken, weights)):

@@ -60,6 +60,7 @@ class Look:
         features: of the crop of ``mask``, where it was encoded before.
         rim: share of the longer side by which more around a mask is shown to the network that is
             the silhouette at ``T_cam_obj``, see `RIM`; 0: the mask is a segment.
+        box: of the crop, where it is not the one around the mask.
     """
 
     view: PosedView
@@ -70,6 +71,7 @@ class Look:
     depth: np.ndarray | None = None
     features: Prepared | None = None
     rim: float = 0.0
+    box: CropBox | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def refine_step(
     """
     weights = weights or Weights()
     crops = _Crops(rgb, K, blacken)
-    known = {(id(look.mask), 0.0): look.features for look in looks if look.features is not None}
+    known = {_key(look): look.features for look in looks if look.features is not None}
     ready: list[tuple[int, np.ndarray]] = []
     for i, look in enumerate(looks):
         if look.mask.any():
@@ -170,21 +172,31 @@ class _Crop:
     M_crop_img: np.ndarray
 
 
+_Key = tuple[int, float, CropBox | None]
+"""What a crop is of: the same array is the same mask."""
+
+
+def _key(look: Look) -> _Key:
+    return id(look.mask), look.rim, look.box
+
+
 class _Crops:
     """The crops of the masks of an image, each made once."""
 
     def __init__(self, rgb: np.ndarray, K: np.ndarray, blacken: bool) -> None:
         self._rgb, self._K, self._blacken = rgb, K, blacken
-        self._made: dict[tuple[int, float], _Crop] = {}
+        self._made: dict[_Key, _Crop] = {}
 
     def of(self, look: Look) -> _Crop:
-        """The crop of a look; the same array is the same mask."""
-        key = id(look.mask), look.rim
+        """The crop of a look."""
+        key = _key(look)
         if key not in self._made:
             shown = grown(look.mask, look.rim) if look.rim else look.mask
-            box = crop_box_from_mask(shown)
-            if look.rim and _at_border(shown):
-                box = _whole(look, self._K) or box
+            box = look.box
+            if box is None and look.features is None and _at_border(shown):
+                box = _whole(look, self._K)
+            if box is None:
+                box = crop_box_from_mask(shown)
             crop, inside = crop_rgb(self._rgb, box), crop_mask(shown, box)
             if self._blacken:
                 crop = mask_background(crop, inside)
@@ -192,8 +204,8 @@ class _Crops:
             self._made[key] = _Crop(len(self._made), crop, inside, own, box.content())
         return self._made[key]
 
-    def all(self) -> dict[tuple[int, float], _Crop]:
-        """By the masks' identities and rims, in the order of their rows."""
+    def all(self) -> dict[_Key, _Crop]:
+        """By what they are of, in the order of their rows."""
         return self._made
 
 
@@ -230,7 +242,7 @@ def grown(mask: np.ndarray, share: float) -> np.ndarray:
 
 
 def _encoded(
-    network: Network, crops: _Crops, known: Mapping[tuple[int, float], Prepared], views: Sequence[PosedView]
+    network: Network, crops: _Crops, known: Mapping[_Key, Prepared], views: Sequence[PosedView]
 ) -> Prepared:
     """Features of all crops in the order of their rows; those of ``known`` masks aren't computed again.
 

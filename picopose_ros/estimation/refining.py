@@ -67,7 +67,7 @@ def answer(
             encoded = None
             if features is not None and mask is not None:
                 encoded = features.select(slice(row, row + 1))
-            tasks.append(Task(query.bank.class_id, mask, starts, encoded))
+            tasks.append(Task(query.bank.class_id, mask, starts, encoded, query.box))
             origins.append((row, place, poses))
     for (row, place, poses), one in zip(origins, refine(tasks)):
         remarks[row][place] = remark(one)
@@ -109,7 +109,7 @@ def straighten_tasks(
 ) -> tuple[list[Task], np.ndarray, np.ndarray | None]:
     """Tasks, image and depth image as an undistorted camera would have them."""
     if camera.distorted:  # what was encoded is of the distorted image
-        tasks = [replace(task, features=None) for task in tasks]
+        tasks = [replace(task, features=None, box=None) for task in tasks]
     masks = {id(task.mask): task.mask for task in tasks if task.mask is not None}
     rgb, *straight = straighten([rgb, *masks.values()], camera)
     by_id = dict(zip(masks, straight))

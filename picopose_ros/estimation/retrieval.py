@@ -9,6 +9,21 @@ from torch import Tensor
 from picopose_ros.estimation.results import Choice
 
 
+def best_crops(segments: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
+    """Of the queries of each segment the one whose best template matches best; the first of equals.
+
+    Args:
+        segments: per query the index of its segment.
+        scores: per query (N,) stage 1's score of every template.
+    """
+    best: dict[int, tuple[float, int]] = {}
+    for row, (segment, own) in enumerate(zip(segments, scores)):
+        value = float(own.max())
+        if segment not in best or value > best[segment][0]:
+            best[segment] = value, row
+    return [row for _, row in best.values()]
+
+
 def choose_templates(
     scores: Sequence[Tensor],
     count: int,

@@ -37,6 +37,9 @@ class EstimatorSettings:
         rerank: this many of the best matching templates are ordered by how well their matches agree on one
             motion (`match_agreement`) before the hypotheses are taken; 0: by the match score alone, as in
             the paper. Only used with presets whose stage 2 starts from such a motion.
+        border_crops: a segment at the image's border is also tried in crops that reach out of the image; the
+            one that matches a template best is used. Only with the presets of ``rerank``, and not with the
+            decode ``reference``.
         refinements: most rounds of refinement (`picopose_ros.estimation.refine`), 0 to 8; none with the
             decode ``reference``. Not in the paper, which refines with MegaPose's network.
         min_mask_pixels: segments with fewer visible pixels are skipped.
@@ -60,6 +63,7 @@ class EstimatorSettings:
     ransac_iterations: int = 1000
     correlated_pairs: float = 780.0
     rerank: int = 32
+    border_crops: bool = True
     refinements: int = 2
     min_mask_pixels: int = 32
     max_batch: int = 16

@@ -44,7 +44,7 @@ class ReleasedEstimator(PoseEstimator):
         aliases: Mapping[str, str] | None = None,
     ) -> None:
         """As `PoseEstimator`; hypotheses are the best matches, without a second thought."""
-        settings = replace(settings or EstimatorSettings(), rerank=0)
+        settings = replace(settings or EstimatorSettings(), rerank=0, border_crops=False)
         schedule = replace(Schedule(), parallel_pnp=False)
         super().__init__(model, banks, settings, device, aliases, schedule)
 
