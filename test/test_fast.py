@@ -90,7 +90,7 @@ def hypotheses(
     assert not skipped
     with torch.inference_mode():
         encoded = estimator._encode(queries)
-        chosen = estimator._retrieve(queries, encoded)
+        queries, encoded, chosen = estimator._retrieve(queries, encoded)
         found = dict(estimator._regress(queries, encoded, chosen, **options))
     return [[found[i] for i, choice in enumerate(chosen) if choice[0] == row] for row in range(len(queries))]
 
@@ -211,6 +211,43 @@ def test_poses_come_from_hypotheses_that_reached_the_last_grid(world):
         (same,) = [h for h in all_of_it.hypotheses if h.hypothesis.template == pose.template]
         np.testing.assert_allclose(pose.T_cam_obj, same.T_offsets, atol=1e-4)
         assert all(h.T_offsets is None for h in trace.hypotheses if h.hypothesis.pruned)
+
+
+# -- the image's border ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_what_the_border_cuts_is_tried_in_crops_that_reach_out(world, side):
+    """Half of a brick is outside the image: the crop is of more than what is seen, and the pose is right."""
+    number, T = 2, make_transform(turn((2.0, 0.5, -0.7)), (0.15, 0.06, 0.6))
+    mask = world.segments[number].mask
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    (left, top), (right, bottom) = ((i, j) for i, j in zip(columns[[0, -1]], rows[[0, -1]]))
+    middle = int(0.55 * left + 0.45 * right), int(0.55 * top + 0.45 * bottom)
+    x0, y0, x1, y1 = 0, 0, *SIZE
+    if side < 2:
+        x0, x1 = ((middle[0], x1), (x0, left + right - middle[0]))[side]
+    else:
+        y0, y1 = ((middle[1], y1), (y0, top + bottom - middle[1]))[side - 2]
+    shifted = K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]])
+    camera = CameraModel(shifted, x1 - x0, y1 - y0)
+    rgb, cut = world.rgb[y0:y1, x0:x1], Segment("brick", 1.0, mask[y0:y1, x0:x1])
+
+    def found(**settings):
+        estimator = world.make(PoseEstimator, "tiny", hypotheses=2, refinements=2, **settings)
+        result = estimator.estimate(rgb, camera, [cut, cut], trace=True)
+        assert [pose.segment for pose in result.poses] == [0, 1]
+        boxes = [trace.query.box for trace in result.traces]
+        assert boxes[0] == boxes[1]
+        low, high = np.array([boxes[0].left, boxes[0].top]), [camera.width, camera.height]
+        return result.poses[0], np.stack([low < 0, low + boxes[0].side > high], 1).ravel()
+
+    pose, out = found()
+    assert out[side] and sum(out) == 1
+    assert rotation_angle_deg(pose.T_cam_obj[:3, :3], T[:3, :3]) < 5
+    assert np.linalg.norm(pose.T_cam_obj[:3, 3] - T[:3, 3]) < 0.02
+    for as_released in ({"border_crops": False}, {"decode": "reference"}):
+        assert not found(**as_released)[1].any()
 
 
 # -- precision -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from picopose_ros.estimation.batching import compiled_sizes
 from picopose_ros.estimation.passes import Network, patch_masks
 from picopose_ros.estimation.queries import Query
 from picopose_ros.estimation.results import Choice, Hypothesis
-from picopose_ros.geometry.crops import CROP_SIZE
+from picopose_ros.geometry.crops import CROP_SIZE, CropBox
 from picopose_ros.model.config import GRIDS
 from picopose_ros.model.fast import Prepared, Refining
 from picopose_ros.model.offsets import grid_positions
@@ -75,7 +75,8 @@ def warm_up(network: Network) -> None:
     bank = next(iter(network.banks.values()))
     mask = np.ones((CROP_SIZE, CROP_SIZE), np.uint8)
     crop = np.zeros((3, CROP_SIZE, CROP_SIZE), np.float32)
-    query = Query(0, Segment(bank.class_id, 1.0, mask), bank, np.eye(3), crop, mask)
+    box = CropBox(0, 0, CROP_SIZE)
+    query = Query(0, Segment(bank.class_id, 1.0, mask), bank, box, box.affine(), crop, mask)
     first = 0
     with torch.inference_mode():
         sizes = {*compiled_sizes(network.max_batch), *compiled_sizes(network.max_pairs)}
