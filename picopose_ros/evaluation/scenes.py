@@ -1,9 +1,10 @@
 """The benchmark's images: rendered scenes whose poses, masks and depth are known exactly.
 
-Two kinds. ``single`` (:mod:`picopose_ros.evaluation.single`) shows one object with the disturbances of
+Three kinds. ``single`` (:mod:`picopose_ros.evaluation.single`) shows one object with the disturbances of
 training in a full-size image, from anywhere and at any turn. ``cluttered``
 (:mod:`picopose_ros.evaluation.tabletop`) is a table with several objects of the folder and strange ones
-between them, with lamps, shadows and highlights that training never renders.
+between them, with lamps, shadows and highlights that training never renders. ``cut``
+(:mod:`picopose_ros.evaluation.cut`) is ``single`` with an image that ends within the object.
 
 How hard they are is fixed by the constants of those modules. It was fixed before any network was measured and
 is never tuned to one: figures of different :data:`BENCHMARK_VERSION` cannot be compared.
@@ -20,6 +21,7 @@ import cv2
 import numpy as np
 
 from picopose_ros.errors import ConfigError
+from picopose_ros.evaluation.cut import CutScenes
 from picopose_ros.evaluation.report import write_atomically
 from picopose_ros.evaluation.single import SingleScenes
 from picopose_ros.evaluation.tabletop import TableScenes
@@ -41,8 +43,8 @@ __all__ = [
 BENCHMARK_VERSION = 1
 """Changes with everything that changes the images of a seed."""
 
-Kind = Literal["single", "cluttered"]
-KINDS: tuple[Kind, ...] = ("single", "cluttered")
+Kind = Literal["single", "cluttered", "cut"]
+KINDS: tuple[Kind, ...] = ("single", "cluttered", "cut")
 
 
 def make_scenes(
@@ -56,14 +58,15 @@ def make_scenes(
     """Render scenes ``start`` to ``start + count - 1`` of a seed.
 
     Scene ``i`` depends on the objects, the seed and ``i`` only, so a run can be split. Objects are dealt
-    evenly: ``single`` shows object ``i % n``; ``cluttered`` deals all objects out before it shows one again.
+    evenly: ``single`` and ``cut`` show object ``i % n``; ``cluttered`` deals all objects out before it shows
+    one again.
 
     Args:
         objects: as the mesh reader gives them.
         count: number of scenes.
         seed: of everything random.
-        kind: "single" or "cluttered".
-        background: False leaves everything black that is no object (single only: a table stays a table).
+        kind: "single", "cluttered" or "cut".
+        background: False leaves everything black that is no object (a table stays a table).
         start: number of the first scene.
     Raises:
         ConfigError: no objects, another kind, or a negative number.
@@ -84,7 +87,9 @@ def _rendered(
 ) -> Iterator[Scene]:
     with MeshRenderer() as renderer:
         if kind == "single":
-            maker: SingleScenes | TableScenes = SingleScenes(renderer, objects, background)
+            maker: SingleScenes | TableScenes | CutScenes = SingleScenes(renderer, objects, background)
+        elif kind == "cut":
+            maker = CutScenes(renderer, objects, background)
         else:
             maker = TableScenes(renderer, objects)
         for index in numbers:

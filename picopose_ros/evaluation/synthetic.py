@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=positive, default=480, help="scenes to render (480)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, masks and wrong hypotheses (0)")
     parser.add_argument(
-        "--kind", choices=("single", "cluttered"), default="single", help="of scenes (single)"
+        "--kind", choices=("single", "cluttered", "cut"), default="single", help="of scenes (single)"
     )
     parser.add_argument("--hypotheses", type=positive, default=5, help="templates tried per segment (5)")
     parser.add_argument("--out", type=Path, required=True, metavar="REPORT.json", help="report to write")
