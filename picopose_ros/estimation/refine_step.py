@@ -172,6 +172,10 @@ class _Crop:
     M_crop_img: np.ndarray
 
 
+_LARGEST = 3.0
+"""Side of the crop of a whole object in those of the crop of what is seen of it, beyond which what is seen
+would be too small in it."""
+
 _Key = tuple[int, float, CropBox | None]
 """What a crop is of: the same array is the same mask."""
 
@@ -192,11 +196,11 @@ class _Crops:
         key = _key(look)
         if key not in self._made:
             shown = grown(look.mask, look.rim) if look.rim else look.mask
-            box = look.box
-            if box is None and look.features is None and _at_border(shown):
-                box = _whole(look, self._K)
-            if box is None:
-                box = crop_box_from_mask(shown)
+            box = look.box or crop_box_from_mask(shown)
+            if look.box is None and look.features is None and _at_border(shown):
+                whole = _whole(look, self._K)
+                if whole is not None and whole.side <= _LARGEST * box.side:
+                    box = whole
             crop, inside = crop_rgb(self._rgb, box), crop_mask(shown, box)
             if self._blacken:
                 crop = mask_background(crop, inside)

@@ -117,19 +117,14 @@ def crop_box_of_extent(low: np.ndarray, high: np.ndarray) -> CropBox:
     return CropBox(int(left), int(top), 2 * half)
 
 
-def window(image: np.ndarray, box: CropBox) -> np.ndarray:
-    """The region (side, side, ...) of an image (H, W, ...) that a box names; 0 outside the image."""
+def _inside(image: np.ndarray, box: CropBox) -> bool:
     height, width = image.shape[:2]
-    right, bottom = box.left + box.side, box.top + box.side
-    if box.left >= 0 and box.top >= 0 and right <= width and bottom <= height:
-        return image[box.slices]
-    region = np.zeros((box.side, box.side, *image.shape[2:]), image.dtype)
-    rows = slice(max(box.top, 0), max(min(bottom, height), 0))
-    columns = slice(max(box.left, 0), max(min(right, width), 0))
-    part = image[rows, columns]
-    y, x = rows.start - box.top, columns.start - box.left
-    region[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return region
+    return min(box.left, box.top) >= 0 and box.left + box.side <= width and box.top + box.side <= height
+
+
+def _reaching_out(image: np.ndarray, box: CropBox, flags: int) -> np.ndarray:
+    """The crop of an image (H, W, ...) uint8 in a box that reaches out of it; 0 there."""
+    return cv2.warpAffine(image, box.content()[:2], (CROP_SIZE, CROP_SIZE), flags=flags)
 
 
 def normalise_crop(rgb01: np.ndarray) -> np.ndarray:
@@ -145,13 +140,17 @@ def crop_rgb(rgb: np.ndarray, box: CropBox) -> np.ndarray:
 
     Bilinear without antialiasing, on values already divided by 255, as the released network does.
     """
-    region = window(rgb, box).astype(np.float64) / 255.0
+    if not _inside(rgb, box):
+        return normalise_crop(_reaching_out(rgb, box, cv2.INTER_LINEAR) / 255.0)
+    region = rgb[box.slices].astype(np.float64) / 255.0
     return normalise_crop(cv2.resize(region, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_LINEAR))
 
 
 def crop_mask(mask: np.ndarray, box: CropBox) -> np.ndarray:
     """Crop a mask (H, W) to (224, 224) uint8 in {0, 1}, nearest neighbour."""
-    region = (window(mask, box) != 0).astype(np.uint8)
+    if not _inside(mask, box):
+        return _reaching_out((mask != 0).astype(np.uint8), box, cv2.INTER_NEAREST)
+    region = (mask[box.slices] != 0).astype(np.uint8)
     return cv2.resize(region, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_NEAREST)
 
 
