@@ -73,6 +73,12 @@ RUNS = {
     "masks": Run("masks as a segmenter makes them", HELDOUT, ("--scenes", "144", "--mask-noise")),
     "background": Run("background not masked", HELDOUT, ("--scenes", "96", "--background")),
     "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "24", "--kind", "cluttered"), overlays=True),
+    "cut": Run("cut by the image's border", HELDOUT, ("--scenes", "96", "--kind", "cut")),
+    "cutmasks": Run(
+        "the same, masks as a segmenter makes them",
+        HELDOUT,
+        ("--scenes", "96", "--kind", "cut", "--mask-noise"),
+    ),
     "match": Run(
         "templates by the match alone", HELDOUT, ("--scenes", "96", "--rerank", "0", "--refinements", "0")
     ),
