@@ -119,7 +119,7 @@ train: setup
 	$(VENV)/bin/picopose average $(RUN)/850.safetensors $(RUN)/2000.safetensors $(RUN)/weights.safetensors \
 	--config config/train_tiny.yaml --out $(RUN)/mean.safetensors
 
-# Some 25 minutes on two cores; reports that are there already are not made again.
+# Half an hour and more on two cores; reports that are there already are not made again.
 accuracy: setup
 	$(VENV)/bin/python scripts/accuracy.py
 

@@ -9,14 +9,7 @@ import numpy as np
 
 from picopose_ros.errors import CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.geometry.crops import (
-    CropBox,
-    crop_box_from_mask,
-    crop_box_of_extent,
-    crop_mask,
-    crop_rgb,
-    mask_background,
-)
+from picopose_ros.geometry.crops import CropBox, crop_box_from_mask, crop_box_of_extent, crop_segment
 from picopose_ros.segmentation import Segment
 from picopose_ros.segmentation.boxes import cut_out
 from picopose_ros.templates.bank import TemplateBank
@@ -116,9 +109,7 @@ def make_queries(
         else:
             boxes = [crop_box_from_mask(segment.mask), *(boxes_beyond(segment.mask) if beyond else ())]
             for box in boxes:
-                crop, mask = crop_rgb(rgb, box), crop_mask(segment.mask, box)
-                if blacken_background:
-                    crop = mask_background(crop, mask)
+                crop, mask = crop_segment(rgb, segment.mask, box, blacken_background)
                 queries.append(Query(index, segment, bank, box, box.affine(), crop, mask))
             continue
         skipped.append((index, reason))

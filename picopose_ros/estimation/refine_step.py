@@ -25,8 +25,7 @@ from picopose_ros.geometry.crops import (
     crop_box_from_mask,
     crop_box_of_extent,
     crop_mask,
-    crop_rgb,
-    mask_background,
+    crop_segment,
 )
 from picopose_ros.geometry.least_squares import Prior, Reprojections, Solution, Term, solve
 from picopose_ros.model.fast import Prepared
@@ -201,9 +200,7 @@ class _Crops:
                 whole = _whole(look, self._K)
                 if whole is not None and whole.side <= _LARGEST * box.side:
                     box = whole
-            crop, inside = crop_rgb(self._rgb, box), crop_mask(shown, box)
-            if self._blacken:
-                crop = mask_background(crop, inside)
+            crop, inside = crop_segment(self._rgb, shown, box, self._blacken)
             own = crop_mask(look.mask, box) if look.rim else inside
             self._made[key] = _Crop(len(self._made), crop, inside, own, box.content())
         return self._made[key]

@@ -159,6 +159,19 @@ def mask_background(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[None] != 0, crop, BACKGROUND[:, None, None])
 
 
+def crop_segment(
+    rgb: np.ndarray, mask: np.ndarray, box: CropBox, blacken: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the network sees of a segment: its input (3, 224, 224) and the mask (224, 224) in the crop.
+
+    Args:
+        rgb: (H, W, 3) uint8. mask: (H, W). box: of the crop.
+        blacken: make what lies outside the mask black.
+    """
+    crop, inside = crop_rgb(rgb, box), crop_mask(mask, box)
+    return (mask_background(crop, inside) if blacken else crop), inside
+
+
 def _unproject(depth: np.ndarray, u: np.ndarray, v: np.ndarray, K: np.ndarray) -> np.ndarray:
     """Depth (...) in metres at pixels u, v (...) -> camera-frame points (..., 3); (0, 0, 0) without depth."""
     depth = depth.astype(np.float64)

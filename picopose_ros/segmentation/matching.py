@@ -18,14 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from picopose_ros.geometry.crops import (
-    CROP_SIZE,
-    CropBox,
-    crop_box_from_mask,
-    crop_mask,
-    crop_rgb,
-    mask_background,
-)
+from picopose_ros.geometry.crops import CROP_SIZE, CropBox, crop_box_from_mask, crop_segment
 from picopose_ros.model import PicoPose
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.model.config import GRIDS
@@ -220,10 +213,8 @@ class TemplateMatcher:
         if not masks:
             return None
         boxes = [crop_box_from_mask(mask) for mask in masks]
-        inside = [crop_mask(mask, box) for mask, box in zip(masks, boxes)]
-        crops = [crop_rgb(rgb, box) for box in boxes]
-        if self._model.config.mask_background:
-            crops = [mask_background(crop, mask) for crop, mask in zip(crops, inside)]
+        blacken = self._model.config.mask_background
+        crops, inside = zip(*(crop_segment(rgb, mask, box, blacken) for mask, box in zip(masks, boxes)))
         descriptors = self.encode(np.stack(crops).astype(np.float32))
         patches = patch_mask(torch.from_numpy(np.stack(inside))).to(self.device)
         return _Crops(masks, boxes, descriptors, patches, _aggregated(descriptors, patches))
