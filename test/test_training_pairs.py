@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,14 @@ from picopose_ros.geometry.pnp import solve_pose
 from picopose_ros.geometry.poses import rotation_angle_deg
 from picopose_ros.model.affine import compose_affine
 from picopose_ros.training.losses import flow_labels
-from picopose_ros.training.pairs import Difficulty, PairLabels, Sample, draw_sample, template_centre
+from picopose_ros.training.pairs import (
+    Difficulty,
+    PairLabels,
+    Sample,
+    draw_sample,
+    make_query,
+    template_centre,
+)
 from picopose_ros.training.pool import PoolReader, build_pool
 
 
@@ -111,3 +119,24 @@ def test_samples_are_reproducible(pool: PoolReader, sample: Sample) -> None:
         assert np.array_equal(a.rgb, b.rgb)
     for a, b in zip(sample.labels, again.labels, strict=True):
         assert np.array_equal(a.position, b.position)
+
+
+def test_a_query_that_nothing_disturbs_shows_the_rendered_colours(pool: PoolReader) -> None:
+    """Every disturbance can be left out, the light too: the rendered view is left, turned and cropped."""
+    item = pool.at(0, 0)
+    plain = Difficulty(occlusion=0, keep_background=0, degrade=0, light=0, photometric=0)
+    changes = []
+    for view in item.queries:
+        query = make_query(view, np.random.default_rng(2), plain, item.template.rgb)
+        warp = query.M_crop_img[:2].astype(np.float64) @ np.vstack([query.turn, [0, 0, 1]])
+        expected = cv2.warpAffine(view.rgb, warp, (224, 224), flags=cv2.INTER_LINEAR)
+        inside = cv2.erode(query.mask, np.ones((9, 9))) > 0
+        assert inside.sum() > 1000
+        off = np.abs(query.rgb[inside].astype(int) - expected[inside])
+        assert np.mean(off) < 4  # of 255: resampled elsewhere by half a crop pixel at most
+
+        for seed in range(8):
+            lit = make_query(view, np.random.default_rng(seed), replace(plain, light=1), item.template.rgb)
+            unlit = make_query(view, np.random.default_rng(seed), plain, item.template.rgb)
+            changes.append(np.abs(lit.rgb.astype(int) - unlit.rgb)[unlit.mask > 0].mean())
+    assert np.mean(changes) > 8  # one in ten stays unlit

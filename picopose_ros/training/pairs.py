@@ -77,6 +77,8 @@ class Difficulty:
     occlusion: float = 0.4
     keep_background: float = 0.2
     degrade: float = 0.6
+    light: float = 1.0
+    """Queries that are relit."""
     photometric: float = 1.0
     another_look: float = 0.7
     """Templates whose colours are another scan's."""
@@ -131,7 +133,9 @@ def make_query(
     warp = sample[:, :2] @ turn
     warp[:, 2] += sample[:, 2]
     size = (CROP_SIZE, CROP_SIZE)
-    lit = relight(view.rgb, view.depth, view.mask, float(view.K[0, 0]), rng)
+    lit = view.rgb
+    if difficulty.light >= 1 or rng.uniform() < difficulty.light:  # at 1 nothing is drawn: the older stream
+        lit = relight(view.rgb, view.depth, view.mask, float(view.K[0, 0]), rng)
     rgb = cv2.warpAffine(lit, warp, size, flags=cv2.INTER_LINEAR)
     coverage = cv2.warpAffine(view.mask.astype(np.float32), warp, size, flags=cv2.INTER_LINEAR)[..., None]
     keep_background = rng.uniform() < difficulty.keep_background

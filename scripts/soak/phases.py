@@ -198,7 +198,11 @@ def _once(client: Client) -> bool:
 
 
 def memory_checks(soak: Soak, memory: list[tuple[float, int]]) -> None:
-    """Growth from the 30 s after the warm-up to the last 30 s; all of it goes into ``memory.csv``."""
+    """Growth after the warm-up: medians of equal windows there and at the end; all goes into ``memory.csv``.
+
+    A window is longer than the 30 s that lie between two times the node gives memory back, so that the median
+    does not depend on where in between it falls.
+    """
     lines = ["seconds,bytes", *(f"{moment:.1f},{size}" for moment, size in memory)]
     (soak.folder / "memory.csv").write_text("\n".join(lines) + "\n")
     last = memory[-1][0]
@@ -206,8 +210,9 @@ def memory_checks(soak: Soak, memory: list[tuple[float, int]]) -> None:
     if last < WARM_UP + 60:
         soak.tell("resident memory", f"{peak}; too short a run to say whether it grows")
         return
-    early = median(size for moment, size in memory if WARM_UP <= moment < WARM_UP + 30)
-    late = median(size for moment, size in memory if moment > last - 30)
+    window = min(120.0, (last - WARM_UP) / 2)
+    early = median(size for moment, size in memory if WARM_UP <= moment < WARM_UP + window)
+    late = median(size for moment, size in memory if moment > last - window)
     growth = late / early - 1
     soak.tell(
         "resident memory after the first minute and at the end",
