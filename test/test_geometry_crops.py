@@ -19,6 +19,7 @@ from picopose_ros.geometry.crops import (
     crop_points_nearest,
     crop_rgb,
     mask_background,
+    sides_at_border,
 )
 
 
@@ -127,3 +128,21 @@ def test_a_box_may_reach_out_of_the_image() -> None:
     outside = crop_rgb(image, CropBox(-90, 0, 80))
     np.testing.assert_allclose(outside, np.broadcast_to(BACKGROUND[:, None, None], outside.shape), atol=1e-6)
     assert not crop_mask(mask, CropBox(-90, 0, 80)).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        (slice(10, 20), slice(10, 20), (False, False, False, False)),
+        (slice(10, 20), slice(1, 20), (True, False, False, False)),
+        (slice(10, 20), slice(2, 20), (False, False, False, False)),
+        (slice(0, 20), slice(10, 59), (False, True, True, False)),
+        (slice(10, 39), slice(10, 58), (False, False, False, True)),
+    ],
+)
+def test_sides_at_the_border(rows: slice, columns: slice, expected: tuple[bool, ...]) -> None:
+    """Left, top, right, bottom of an image of 60 x 40; one free pixel still counts as the border."""
+    mask = np.zeros((40, 60), bool)
+    mask[rows, columns] = True
+    assert (*np.concatenate(sides_at_border(mask)),) == expected
+    assert not np.concatenate(sides_at_border(np.zeros((40, 60), bool))).any()

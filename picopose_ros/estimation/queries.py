@@ -9,7 +9,13 @@ import numpy as np
 
 from picopose_ros.errors import CameraError, ImageError
 from picopose_ros.geometry.cameras import CameraModel
-from picopose_ros.geometry.crops import CropBox, crop_box_from_mask, crop_box_of_extent, crop_segment
+from picopose_ros.geometry.crops import (
+    CropBox,
+    crop_box_from_mask,
+    crop_box_of_extent,
+    crop_segment,
+    sides_at_border,
+)
 from picopose_ros.segmentation import Segment
 from picopose_ros.segmentation.boxes import cut_out
 from picopose_ros.templates.bank import TemplateBank
@@ -118,13 +124,13 @@ def make_queries(
 
 def boxes_beyond(mask: np.ndarray) -> list[CropBox]:
     """Boxes around a segment (H, W) that reach out of the image where it does; none if it lies inside."""
+    out_low, out_high = sides_at_border(mask)
+    if not (out_low.any() or out_high.any()):
+        return []
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     low = np.array([columns[0], rows[0]])
     high = np.array([columns[-1], rows[-1]]) + 1
     side = (high - low).max()
-    out_low, out_high = low <= 1, high >= np.array(mask.shape[::-1]) - 1
-    if not (out_low.any() or out_high.any()):
-        return []
     return [
         crop_box_of_extent(low - (factor - 1) * side * out_low, high + (factor - 1) * side * out_high)
         for factor in _BEYOND

@@ -26,6 +26,7 @@ from picopose_ros.geometry.crops import (
     crop_box_of_extent,
     crop_mask,
     crop_segment,
+    sides_at_border,
 )
 from picopose_ros.geometry.least_squares import Prior, Reprojections, Solution, Term, solve
 from picopose_ros.model.fast import Prepared
@@ -196,7 +197,7 @@ class _Crops:
         if key not in self._made:
             shown = grown(look.mask, look.rim) if look.rim else look.mask
             box = look.box or crop_box_from_mask(shown)
-            if look.box is None and look.features is None and _at_border(shown):
+            if look.box is None and look.features is None and np.any(sides_at_border(shown)):
                 whole = _whole(look, self._K)
                 if whole is not None and whole.side <= _LARGEST * box.side:
                     box = whole
@@ -208,11 +209,6 @@ class _Crops:
     def all(self) -> dict[_Key, _Crop]:
         """By what they are of, in the order of their rows."""
         return self._made
-
-
-def _at_border(mask: np.ndarray) -> bool:
-    """Whether a mask (H, W) reaches the image's border."""
-    return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
 
 
 def _whole(look: Look, K: np.ndarray) -> CropBox | None:

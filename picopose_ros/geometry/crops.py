@@ -117,6 +117,18 @@ def crop_box_of_extent(low: np.ndarray, high: np.ndarray) -> CropBox:
     return CropBox(int(left), int(top), 2 * half)
 
 
+def sides_at_border(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a segment (H, W) ends at the image's border: (2,) bool left and top, (2,) right and bottom.
+
+    A pixel from it counts as well: segmenters leave one free.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros(2, bool), np.zeros(2, bool)
+    low, high = np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]])
+    return low <= 1, high >= np.array(mask.shape[::-1]) - 2
+
+
 def _inside(image: np.ndarray, box: CropBox) -> bool:
     height, width = image.shape[:2]
     return min(box.left, box.top) >= 0 and box.left + box.side <= width and box.top + box.side <= height
