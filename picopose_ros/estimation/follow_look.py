@@ -56,7 +56,7 @@ class FollowSettings:
     recovery: float = 5.0
     inside: float = 0.5
     visible: float = 0.35
-    reuse_deg: float = 5.0
+    reuse_deg: float = 4.0
     again: float = 0.85
     furthest: float = 0.6
     furthest_deg: float = 40.0
