@@ -10,6 +10,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from picopose_ros.geometry.crops import extent_of
+
 _SIDE = 40
 """Pixels of the longer side of the small images of the object."""
 
@@ -36,10 +38,10 @@ def find_shift(
     Returns:
         (2,) px by which it moved further than that; None where that is not clear, or it didn't.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    extent = extent_of(mask)
+    if extent is None:
         return None
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    (left, top), (right, bottom) = extent
     longest = max(bottom - top, right - left)
     scale = min(_SIDE / longest, 1.0)
     small = _small(before, left, top, right - left, bottom - top, scale)

@@ -14,6 +14,7 @@ from picopose_ros.geometry.crops import (
     crop_box_from_mask,
     crop_box_of_extent,
     crop_segment,
+    extent_of,
     sides_at_border,
 )
 from picopose_ros.segmentation import Segment
@@ -124,12 +125,10 @@ def make_queries(
 
 def boxes_beyond(mask: np.ndarray) -> list[CropBox]:
     """Boxes around a segment (H, W) that reach out of the image where it does; none if it lies inside."""
-    out_low, out_high = sides_at_border(mask)
-    if not (out_low.any() or out_high.any()):
+    extent, (out_low, out_high) = extent_of(mask), sides_at_border(mask)
+    if extent is None or not (out_low.any() or out_high.any()):
         return []
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    low = np.array([columns[0], rows[0]])
-    high = np.array([columns[-1], rows[-1]]) + 1
+    low, high = extent
     side = (high - low).max()
     return [
         crop_box_of_extent(low - (factor - 1) * side * out_low, high + (factor - 1) * side * out_high)

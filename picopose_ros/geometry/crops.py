@@ -82,6 +82,14 @@ def _square(left: float, top: float, right: float, bottom: float, height: int, w
     return CropBox(x0, y0, 2 * half)
 
 
+def extent_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """First column and row of a mask (H, W), and those behind its last, (2,) each; None if it is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]]) + 1
+
+
 def crop_box_from_mask(mask: np.ndarray) -> CropBox:
     """Square box around the non-zero pixels of ``mask`` (H, W), shifted inside the image where needed.
 
@@ -89,12 +97,13 @@ def crop_box_from_mask(mask: np.ndarray) -> CropBox:
         SegmentError: the mask has no non-zero pixel, or the image is smaller than 2x2.
     """
     height, width = mask.shape
-    rows, cols = np.flatnonzero(np.any(mask, 1)), np.flatnonzero(np.any(mask, 0))
-    if rows.size == 0:
+    extent = extent_of(mask)
+    if extent is None:
         raise SegmentError(f"the mask ({width}x{height}) is empty: there is nothing to crop")
     if min(height, width) < 2:
         raise SegmentError(f"the image is {width}x{height}: too small to crop")
-    return _square(int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1, height, width)
+    (left, top), (right, bottom) = (corner.tolist() for corner in extent)
+    return _square(left, top, right, bottom, height, width)
 
 
 def crop_box_from_bbox(x: float, y: float, w: float, h: float, height: int, width: int) -> CropBox:
@@ -122,11 +131,11 @@ def sides_at_border(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A pixel from it counts as well: segmenters leave one free.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    extent = extent_of(mask)
+    if extent is None:
         return np.zeros(2, bool), np.zeros(2, bool)
-    low, high = np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]])
-    return low <= 1, high >= np.array(mask.shape[::-1]) - 2
+    low, high = extent
+    return low <= 1, high >= np.array(mask.shape[::-1]) - 1
 
 
 def _inside(image: np.ndarray, box: CropBox) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from picopose_ros.errors import SegmentError
+from picopose_ros.geometry.crops import extent_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Segment:
 
 def mask_roi(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     """Tight box ``(x, y, w, h)`` in pixels around the set pixels of ``mask`` (H, W); None if it is empty."""
-    rows, cols = np.flatnonzero(np.any(mask, 1)), np.flatnonzero(np.any(mask, 0))
-    if rows.size == 0:
+    extent = extent_of(mask)
+    if extent is None:
         return None
-    x, y = int(cols[0]), int(rows[0])
-    return x, y, int(cols[-1]) - x + 1, int(rows[-1]) - y + 1
+    low, high = extent
+    return (*low.tolist(), *(high - low).tolist())
 
 
 def segments_from_label_image(labels: np.ndarray, classes: Mapping[int, tuple[str, float]]) -> list[Segment]:

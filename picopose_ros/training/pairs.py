@@ -134,7 +134,7 @@ def make_query(
     warp[:, 2] += sample[:, 2]
     size = (CROP_SIZE, CROP_SIZE)
     lit = view.rgb
-    if difficulty.light >= 1 or rng.uniform() < difficulty.light:  # at 1 nothing is drawn: the older stream
+    if difficulty.light >= 1 or rng.uniform() < difficulty.light:  # at 1 a seed's samples stay as they were
         lit = relight(view.rgb, view.depth, view.mask, float(view.K[0, 0]), rng)
     rgb = cv2.warpAffine(lit, warp, size, flags=cv2.INTER_LINEAR)
     coverage = cv2.warpAffine(view.mask.astype(np.float32), warp, size, flags=cv2.INTER_LINEAR)[..., None]

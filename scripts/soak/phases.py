@@ -200,8 +200,8 @@ def _once(client: Client) -> bool:
 def memory_checks(soak: Soak, memory: list[tuple[float, int]]) -> None:
     """Growth after the warm-up: medians of equal windows there and at the end; all goes into ``memory.csv``.
 
-    A window is longer than the 30 s that lie between two times the node gives memory back, so that the median
-    does not depend on where in between it falls.
+    In a run of minutes a window is longer than the 30 s between two times the node gives memory back, so that
+    the median does not depend on where in between it falls.
     """
     lines = ["seconds,bytes", *(f"{moment:.1f},{size}" for moment, size in memory)]
     (soak.folder / "memory.csv").write_text("\n".join(lines) + "\n")
