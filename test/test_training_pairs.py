@@ -38,11 +38,12 @@ def sample(pool: PoolReader) -> Sample:
     return draw_sample(pool, np.random.default_rng(5), Difficulty())
 
 
-def test_labels_through_decode_and_pnp_give_the_true_pose(pool: PoolReader) -> None:
+@pytest.mark.parametrize("difficulty", [Difficulty(), Difficulty(occlusion=1, cut=1)])
+def test_labels_through_decode_and_pnp_give_the_true_pose(pool: PoolReader, difficulty: Difficulty) -> None:
     rng = np.random.default_rng(3)
     worst_rotation, worst_shift = 0.0, 0.0
     for _ in range(6):
-        sample = draw_sample(pool, rng, Difficulty())
+        sample = draw_sample(pool, rng, difficulty)
         for query, own, labels in zip(sample.queries, sample.own, sample.labels, strict=True):
             if labels.valid.sum() < 300:
                 continue
@@ -111,6 +112,19 @@ def test_self_occluded_points_are_invalid(pool: PoolReader) -> None:
             away = view @ (-other.T_cam_ctr[:3, :3].T @ other.T_cam_ctr[:3, 3])
             if away / np.linalg.norm(view) / other.T_cam_ctr[2, 3] < -0.9:
                 assert labels.valid.sum() < 0.15 * (other.points_consistent[..., 2] > 0).sum()
+
+
+def test_a_query_that_is_cut_off_loses_up_to_three_quarters(pool: PoolReader) -> None:
+    """The hidden share is spread evenly: an occluder alone seldom leaves less than half."""
+    item = pool.at(1, 0)
+    view, left = item.queries[0], {}
+    for cut in (0, 1):
+        plain = Difficulty(occlusion=1, cut=cut, keep_background=1, degrade=0, light=0, photometric=0)
+        queries = [make_query(view, np.random.default_rng(s), plain, item.template.rgb) for s in range(60)]
+        left[cut] = np.array([query.shown.sum() / view.mask.sum() for query in queries])
+    assert left[1].min() > 0.15 and np.mean(left[1] < 0.97) > 0.9  # too little left: not covered at all
+    assert np.mean(left[1] < 0.5) > 0.3 > np.mean(left[0] < 0.5)
+    assert np.mean(left[1] > 0.6) > 0.25
 
 
 def test_samples_are_reproducible(pool: PoolReader, sample: Sample) -> None:

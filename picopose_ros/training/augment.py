@@ -158,6 +158,26 @@ def degrade_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out if out.sum() > 0.3 * mask.sum() else mask
 
 
+def cut_off(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What hides up to three quarters of an object from one side, as a uint8 mask of the same size.
+
+    The edge of a larger object in front, straight or bulging, or the image's border; now and then with a blob
+    or a bar beside it. The hidden share is drawn evenly, which :func:`occluder` alone does not give: that
+    seldom hides more than a third.
+    """
+    rows, cols = np.nonzero(mask)
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.float32)
+    size = np.float32(max(np.ptp(rows), np.ptp(cols)) + 1)
+    x, y = (x - cols.mean(dtype=np.float32)) / size, (y - rows.mean(dtype=np.float32)) / size
+    along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
+    if rng.uniform() < 0.5:
+        across = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
+        along = along + across**2 * np.float32(rng.uniform(-1, 1))
+    cover = (along < np.quantile(along[rows, cols], rng.uniform(0.1, 0.75))).astype(np.uint8)
+    return cover | occluder(mask, rng) if rng.uniform() < 0.2 else cover
+
+
 def background(scenery: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(224, 224, 3) float32: plain, a soft gradient field, or a magnified piece of another object."""
     kind = rng.integers(3)

@@ -17,6 +17,7 @@ from picopose_ros.synthetic.labels import MIN_FIT_CELLS, fit_affine
 from picopose_ros.training.augment import (
     another_look,
     background,
+    cut_off,
     degrade_mask,
     grey_look,
     photometric,
@@ -75,6 +76,8 @@ class Difficulty:
     """How hard the queries are made; probabilities of each disturbance."""
 
     occlusion: float = 0.4
+    cut: float = 0.0
+    """Of the covered queries: those that lose up to three quarters to one side."""
     keep_background: float = 0.2
     degrade: float = 0.6
     light: float = 1.0
@@ -117,9 +120,10 @@ def make_query(
     visible = whole
     cover = None
     if rng.uniform() < difficulty.occlusion:
-        cover = occluder(whole, rng)
+        cut = difficulty.cut > 0 and rng.uniform() < difficulty.cut  # at 0 a seed's samples stay as they were
+        cover = cut_off(whole, rng) if cut else occluder(whole, rng)
         visible = whole & ~cover
-        if visible.sum() < 0.4 * whole.sum():
+        if visible.sum() < (0.2 if cut else 0.4) * whole.sum():
             cover, visible = None, whole
     segment = degrade_mask(visible, rng) if rng.uniform() < difficulty.degrade else visible
     if segment.sum() < 64:
