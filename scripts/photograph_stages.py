@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each stage costs on photographs: the truth in the place of one stage's answer, or of several.
 
-    scripts/photograph_stages.py DIR [--mask-noise] [--weights FILE] [--cache-dir DIR]
+    scripts/photograph_stages.py DIR [--mask-noise] [--weights FILE] [--cache-dir DIR] [--viewpoints N]
 
 Every ``manifest.json`` below DIR is a list of views: ``image`` and ``mask`` (files beside the manifest),
 ``meshes`` (a folder there, "meshes" if not said), ``unit`` of the meshes, ``object`` (the name of its mesh),
@@ -85,7 +85,9 @@ def measured(root: Path, args: argparse.Namespace) -> tuple[list[Record], list[R
     coloured, grey = [], []
     with MeshRenderer() as renderer:
         for (folder, unit), views in read_views(root).items():
-            onboarding = onboard(folder, model, 162, unit, args.cache_dir, torch.device("cpu"), False, None)
+            onboarding = onboard(
+                folder, model, args.viewpoints, unit, args.cache_dir, torch.device("cpu"), False, None
+            )
             names = sorted({view["object"] for view in views} & set(onboarding.banks))
             meshes = {name: load_object(onboarding.specs[name]) for name in names}
             symmetric = {view["object"] for view in views if view.get("symmetric")}
@@ -113,7 +115,7 @@ def report(groups: dict[str, Sequence[Record]]) -> str:
         for records in groups.values():
             errors = [r.given.endpoints[stage] for r in records if r.given and stage in r.given.endpoints]
             rows[-1].append(f"{np.median(np.concatenate(errors)):.2f}" if errors else "-")
-    titles = [f"{name}, {len(records)} views" for name, records in groups.items()]
+    titles = [f"{name} ({len(records)} views)" for name, records in groups.items()]
     return table(["the truth in place of", *titles], rows)
 
 
@@ -124,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mask-noise", action="store_true", help="masks as a segmenter makes them")
     parser.add_argument("--weights", default=None, help="other weights than the package's")
     parser.add_argument("--cache-dir", default=None, help="where banks are kept")
+    parser.add_argument("--viewpoints", type=int, default=162, help="templates per object (162)")
     args = parser.parse_args(argv)
     try:
         coloured, grey = measured(args.root, args)
