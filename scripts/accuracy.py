@@ -90,9 +90,9 @@ Summary = Mapping[str, Any]
 
 _SCORE = (
     "The score is meant to be the probability that a pose is right (on photographs it is not, see there). "
-    "That of refined poses was fitted on 176 poses of 12 other objects (slope .98, offset 1.78, used as 1 "
-    "and 1.8). With the default `min_score`, 0.6, one in ten published poses is off by more than .2 d on "
-    "tables."
+    "That of refined poses was fitted on 176 poses of 12 other objects, with the weights before (slope .98, "
+    "offset 1.78, used as 1 and 1.8). With the default `min_score`, 0.6, 7 % of the published poses are off "
+    "by more than .2 d on tables."
 )
 
 _MAIN = ("overall", "unambiguous", "5")
