@@ -64,7 +64,7 @@ class MatchSettings:
 
     candidates: int = 8
     templates: int = 4
-    min_score: float = 0.66
+    min_score: float = 0.63
     per_class: int = 2
     overlap: float = 0.5
 
