@@ -332,7 +332,7 @@ def page(data: Mapping[str, Any]) -> str:
     sections: list[tuple[str, str, Callable[[], str]]] = [
         (
             "At a glance",
-            "Five hypotheses, unambiguous objects where nothing else is said.",
+            "Five hypotheses (photographs: two), unambiguous objects where nothing else is said.",
             lambda: _bars(runs, tables.get("aims", ())),
         ),
         ("Photographs", "", lambda: _by_hand(tables, "photographs")),
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for source, target in PICTURES:
             picture = cv2.imread(str(args.folder / source))
             if picture is not None:
-                coded = cv2.imencode(Path(target).suffix, picture)[1]
+                coded = cv2.imencode(Path(target).suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
                 write_atomically(args.docs / target, coded.tobytes())
     write_page(data, args.docs / "accuracy.md")
     return 0
