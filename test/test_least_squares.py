@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from scipy.stats import t as student
 
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.least_squares import (
@@ -18,6 +19,7 @@ from picopose_ros.geometry.least_squares import (
     Reprojections,
     Surface,
     Term,
+    _unlikely,
     moved,
     solve,
 )
@@ -46,6 +48,10 @@ def _points(count: int = 80) -> np.ndarray:
 
 def _reprojections() -> Reprojections:
     return Reprojections(_project(_points(), TRUE), _points(), K, sigma=1.5, scale_sigma=0.02)
+
+
+def _seldom_large() -> Reprojections:
+    return replace(_reprojections(), scale_freedom=2.0)
 
 
 def _other_view() -> InView:
@@ -78,6 +84,7 @@ def _prior() -> Prior:
 
 TERMS: dict[str, Callable[[], Term]] = {
     "reprojections": _reprojections,
+    "reprojections of another error": _seldom_large,
     "another view": _other_view,
     "edges": _edges,
     "surface": _surface,
@@ -155,6 +162,32 @@ def test_a_mask_that_is_too_large_all_round_is_seen_through_by_what_else_is_know
     assert found is not None
     assert abs(found.T_cam_obj[2, 3] / TRUE[2, 3] - 1) < 0.003
     assert found.modes["edges"][0] == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_common_error_that_is_seldom_large_is_believed_where_it_has_to_be() -> None:
+    pairs = replace(_reprojections(), scale_sigma=0.006)
+    middle = pairs.uv.mean(0)
+    large = replace(pairs, uv=middle + 1.05 * (pairs.uv - middle))
+    edges = replace(_edges(), growth_sigma=0.5)
+    off = {}
+    for freedom in (2.0, np.inf):
+        found = solve(TRUE, {"pairs": replace(large, scale_freedom=freedom), "edges": edges}, steps=60)
+        assert found is not None
+        off[freedom] = abs(found.T_cam_obj[2, 3] / TRUE[2, 3] - 1)
+        again = solve(TRUE, {"pairs": replace(pairs, scale_freedom=freedom), "edges": edges})
+        assert again is not None and abs(again.T_cam_obj[2, 3] / TRUE[2, 3] - 1) < 1e-3
+    assert off[2.0] < 0.003 < 0.007 < off[np.inf]
+
+
+def test_the_likelihood_of_a_common_error_is_what_its_weight_minimises() -> None:
+    modes, freedom, step = np.array([0.3, -2.0, 4.0, 1.5]), np.array([2.0, 1.0, 5.0, np.inf]), 1e-6
+    cost, weight = _unlikely(modes, freedom)
+    for i in range(len(modes)):
+        ahead, _ = _unlikely(modes + step * np.eye(len(modes))[i], freedom)
+        assert (ahead - cost) / step == pytest.approx(2 * weight[i] * modes[i], rel=1e-4)
+    # Student's density itself, but for what doesn't depend on the error.
+    apart = -2 * (student.logpdf(4.0, 5.0) - student.logpdf(0.0, 5.0))
+    assert _unlikely(np.array([4.0]), np.array([5.0]))[0] == pytest.approx(apart)
 
 
 def test_the_covariance_is_that_of_the_errors() -> None:

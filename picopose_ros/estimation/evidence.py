@@ -42,27 +42,36 @@ class Weights:
     Attributes:
         pair_sigma: of one coordinate of a correspondence, crop px.
         pairs_together: correspondences that count as one, because neighbours err alike.
-        pair_scale: of the common factor by which all correspondences are too far apart.
+        pair_scale: scale of the common factor by which all correspondences are too far apart.
         edge_sigma: of one point of the mask's edge, image px.
         edges_together: such points that count as one.
         mask_growth: of what a mask is too large or small by all round, share of the crop's side.
         least_growth: the same in px, where that is more.
+        inexact: share of the masks of which that is so. The others end where the object does.
+        exact_growth: of what these are too large or small by all round, px.
+        exact_edge: largest standard deviation of one point of a mask's edge that may be one of these, px.
         region_sigma: factor on what `region_edges` says of its errors.
-        region_growth: of what all these edges are too far out or in by, px.
+        region_growth: scale of what all these edges are too far out or in by, px.
+        freedom: degrees of freedom of Student's distribution of ``pair_scale`` and ``region_growth``: they
+            are mostly small, now and then several times as large.
         regions_together: lines across the contour that count as one.
         covariance: factor from the least squares' covariance to that of the true errors.
     """
 
     pair_sigma: float = 1.3
     pairs_together: float = 200.0
-    pair_scale: float = 0.02
+    pair_scale: float = 0.012
     edge_sigma: float = 0.5
     edges_together: float = 4.0
     mask_growth: float = 0.017
     least_growth: float = 1.0
+    inexact: float = 0.7
+    exact_growth: float = 0.15
+    exact_edge: float = 1.1
     region_sigma: float = 1.0
     regions_together: float = 8.0
-    region_growth: float = 0.7
+    region_growth: float = 0.3
+    freedom: float = 3.0
     covariance: float = 4.0
 
 
@@ -127,7 +136,12 @@ class Evidence:
             return (at.min(1) > _BORDER_PX) & (at < most).all(1)
 
         def made(
-            good: np.ndarray, offset: np.ndarray, sigma: np.ndarray, together: float, growth: float
+            good: np.ndarray,
+            offset: np.ndarray,
+            sigma: np.ndarray,
+            together: float,
+            growth: float,
+            freedom: float = np.inf,
         ) -> Edges:
             return Edges(
                 contour.xyz[good],
@@ -138,6 +152,7 @@ class Evidence:
                 sigma[good],
                 together=together,
                 growth_sigma=growth,
+                growth_freedom=freedom,
             )
 
         found: dict[str, Edges] = {}
@@ -159,5 +174,6 @@ class Evidence:
                 self._colours = colour_groups(self._rgb, origin[good], normal[good], reach)
             offset, sigma = region_edges(self._rgb, origin, normal, reach, self._colours)
             scaled = sigma * weights.region_sigma
-            found["region"] = made(good, offset, scaled, weights.regions_together, weights.region_growth)
+            together, growth = weights.regions_together, weights.region_growth
+            found["region"] = made(good, offset, scaled, together, growth, weights.freedom)
         return found

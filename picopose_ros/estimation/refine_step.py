@@ -7,6 +7,7 @@ pose with its covariance and how well image and view agree come out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +29,7 @@ from picopose_ros.geometry.crops import (
     crop_segment,
     sides_at_border,
 )
-from picopose_ros.geometry.least_squares import Prior, Reprojections, Solution, Term, solve
+from picopose_ros.geometry.least_squares import Edges, Prior, Reprojections, Solution, Term, solve
 from picopose_ros.model.fast import Prepared
 from picopose_ros.model.offsets import sample_at
 from picopose_ros.templates.posed import PosedView
@@ -280,6 +281,7 @@ def _solve(
             weights.pair_sigma / scale,
             together=max(weights.pairs_together * len(few) / len(pairs), 1.0),
             scale_sigma=weights.pair_scale,
+            scale_freedom=weights.freedom,
         )
     }
     if look.prior is not None:
@@ -299,10 +301,31 @@ def _solve(
         if better is None:
             break
         pose, solution, used = better.T_cam_obj, better, {**terms, **found}
+    solution, used = _or_exact(solution, used, weights)
     step = _step(look, K, crop, pairs, solution, agreement, evidence.remark, weights)
     if step is None:
         return None
     return replace(step, terms={name: term for name, term in used.items() if name != "prior"})
+
+
+def _or_exact(
+    solution: Solution, terms: Mapping[str, Term], weights: Weights
+) -> tuple[Solution, Mapping[str, Term]]:
+    """The solution and its terms, or those with a mask that ends where the object does, if that is likelier.
+
+    By how much a mask is too large all round is of a mixture of two normal distributions, a narrow and a wide
+    one: where the other terms agree with its edge, it is believed to a part of a pixel.
+    """
+    edge = terms.get("contour")
+    if not isinstance(edge, Edges) or edge.sigma.max() > weights.exact_edge:
+        return solution, terms
+    exact = {**terms, "contour": replace(edge, growth_sigma=weights.exact_growth)}
+    found = solve(solution.T_cam_obj, exact)
+    if found is None:
+        return solution, terms
+    wide, narrow = weights.inexact / edge.growth_sigma, (1 - weights.inexact) / weights.exact_growth
+    likelier = found.cost - 2 * math.log(narrow) < solution.cost - 2 * math.log(wide)
+    return (found, exact) if likelier else (solution, terms)
 
 
 def _step(

@@ -5,8 +5,9 @@ w about it, both in the camera's axes, which is the order of ROS's covariances. 
 standard deviations and their derivatives. Measurements of a term may err together, in two ways:
 
 - so many of them count as one (``together``), as the offsets of neighbouring cells do;
-- all of them are off by a common amount (``modes``): an unknown of variance 1 that is solved for beside the
-  pose, such as the scale of a flow or the growth of a mask. What other terms say then corrects it.
+- all of them are off by a common amount (``modes``): an unknown of scale 1 that is solved for beside the
+  pose, such as the scale of a flow or the growth of a mask. What other terms say then corrects it. It is
+  normal, or of Student's distribution: mostly small, now and then large.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Linearised:
         residual: (n, k) of n measurements with k numbers each, in standard deviations.
         jacobian: (n, k, 6) its derivative by the motion (v, w).
         modes: (n, k, m) its derivative by the term's m common unknowns.
+        freedom: (m,) or one for all, degrees of freedom of the unknowns' distribution; infinite: normal.
     """
 
     residual: np.ndarray
     jacobian: np.ndarray
     modes: np.ndarray
+    freedom: np.ndarray | float = np.inf
 
 
 class Term(Protocol):
@@ -67,7 +70,7 @@ class Solution:
         T_cam_obj: (4, 4). covariance: (6, 6) of the motion (v, w).
         cost: of the minimum.
         weights: per term (n,) how much each measurement counted, 0..1.
-        modes: per term (m,) its common unknowns, in standard deviations.
+        modes: per term (m,) its common unknowns, in units of their scale.
     """
 
     T_cam_obj: np.ndarray
@@ -93,7 +96,8 @@ class Reprojections:
     Attributes:
         uv: (n, 2) px of an undistorted camera. xyz: (n, 3) object frame, m. K: (3, 3).
         sigma: px, of one coordinate. together, cutoff: see `Term`.
-        scale_sigma: standard deviation of the common factor; 0: there is none.
+        scale_sigma: scale of the common factor's deviation from 1; 0: there is none.
+        scale_freedom: degrees of freedom of its distribution, see `Linearised`.
     """
 
     uv: np.ndarray
@@ -103,12 +107,14 @@ class Reprojections:
     together: float = 1.0
     cutoff: float = 3.0
     scale_sigma: float = 0.0
+    scale_freedom: float = np.inf
 
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
         arm = self.xyz @ T_cam_obj[:3, :3].T
         uv, by_motion = projected(arm, T_cam_obj[:3, 3], self.K)
-        return Linearised((uv - self.uv) / self.sigma, by_motion / self.sigma, self._modes)
+        residual = (uv - self.uv) / self.sigma
+        return Linearised(residual, by_motion / self.sigma, self._modes, self.scale_freedom)
 
     @cached_property
     def _modes(self) -> np.ndarray:
@@ -127,7 +133,8 @@ class Edges:
         normal: (n, 2) unit vectors out of the object, along the lines.
         offset: (n,) px along the line, where the edge is. sigma: (n,) of that, px.
         together, cutoff: see `Term`.
-        growth_sigma: standard deviation, px, of what all edges are too far out or in by; 0: nothing.
+        growth_sigma: scale, px, of what all edges are too far out or in by; 0: nothing.
+        growth_freedom: degrees of freedom of its distribution, see `Linearised`.
     """
 
     xyz: np.ndarray
@@ -139,6 +146,7 @@ class Edges:
     together: float = 1.0
     cutoff: float = 3.0
     growth_sigma: float = 0.0
+    growth_freedom: float = np.inf
 
     def linearise(self, T_cam_obj: np.ndarray) -> Linearised:
         """See `Term`."""
@@ -150,7 +158,10 @@ class Edges:
         if self.growth_sigma:
             modes = (self.growth_sigma / self.sigma)[:, None, None]
         return Linearised(
-            ((along - self.offset) / self.sigma)[:, None], (jacobian / self.sigma[:, None])[:, None], modes
+            ((along - self.offset) / self.sigma)[:, None],
+            (jacobian / self.sigma[:, None])[:, None],
+            modes,
+            self.growth_freedom,
         )
 
 
@@ -222,11 +233,12 @@ class InView:
         line = self.term.linearise(self.T_view_cam @ T_cam_obj)
         turn = np.zeros((6, 6))  # a motion in the axes of one camera as one in those of the other
         turn[:3, :3] = turn[3:, 3:] = self.T_view_cam[:3, :3]
-        modes = line.modes
+        modes, freedom = line.modes, np.broadcast_to(line.freedom, line.modes.shape[2])
         if self.shift_sigma or self.turn_sigma:
             own = line.jacobian * np.repeat([self.shift_sigma, self.turn_sigma], 3)
             modes = np.concatenate([modes, own], 2)
-        return Linearised(line.residual, line.jacobian @ turn, modes)
+            freedom = np.concatenate([freedom, np.full(6, np.inf)])
+        return Linearised(line.residual, line.jacobian @ turn, modes, freedom)
 
 
 @dataclass(frozen=True)
@@ -332,9 +344,12 @@ class _System:
         modes = np.zeros(sum(self._counts)) if modes is None else modes
         size = 6 + len(modes)
         H, g = np.zeros((size, size)), np.zeros(size)
-        H[6:, 6:] += np.eye(len(modes))
-        g[6:] += modes
-        cost, weights, first = float(modes @ modes), [], 6
+        shares = [np.broadcast_to(line.freedom, line.modes.shape[2]) for line in lines]
+        freedom = np.concatenate([np.empty(0), *shares])
+        own_cost, own_weight = _unlikely(modes, freedom)
+        H[6:, 6:] += np.diag(own_weight)
+        g[6:] += own_weight * modes
+        cost, weights, first = own_cost, [], 6
         for term, line, own in zip(self._terms, lines, self.split(modes)):
             count, last = len(own), first + len(own)
             r = line.residual + line.modes @ own if count else line.residual
@@ -358,6 +373,17 @@ class _System:
             first = last
             cost += float(squared @ kept) / term.together
         return _State(cost, H, g, modes, weights)
+
+
+def _unlikely(modes: np.ndarray, freedom: np.ndarray) -> tuple[float, np.ndarray]:
+    """How unlikely common unknowns (m,) are: -2 ln of their density but for a constant, and its derivative
+    by their squares (m,)."""
+    normal = np.isinf(freedom)
+    many = np.where(normal, 1.0, freedom)
+    squared = modes**2
+    weight = np.where(normal, 1.0, (many + 1) / (many + squared))
+    cost = np.where(normal, squared, (many + 1) * np.log1p(squared / many))
+    return float(cost.sum()), weight
 
 
 def _solved(H: np.ndarray, g: np.ndarray) -> np.ndarray | None:
