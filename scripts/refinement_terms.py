@@ -4,8 +4,9 @@
     scripts/refinement_terms.py MESHES [--scenes 48] [--rounds 2] [--seed 5] [--weights FILE]
 
 Poses near the truth (3 degrees, 2 % of the depth) of rendered scenes are refined: with true masks, with masks
-as a segmenter makes them, and with a depth image as of a stereo camera. Prints a table in Markdown, and the
-factor that `picopose_ros.estimation.evidence.Weights.covariance` should have. No templates are needed.
+as a segmenter makes them, and with a depth image as of a stereo camera. Prints a table in Markdown, what all
+measurements of a term are off by at the true poses, and the factor that
+`picopose_ros.estimation.evidence.Weights.covariance` should have. No templates are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scipy.stats import chi2
 
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.passes import Network
-from picopose_ros.estimation.refine_step import RIM, Look, refine_step
+from picopose_ros.estimation.refine_step import RIM, Look, Step, refine_step
 from picopose_ros.evaluation.metrics import ADD_SHARES, pose_errors
 from picopose_ros.evaluation.report import table
 from picopose_ros.evaluation.scenes import Scene, SceneInstance, make_scenes
@@ -84,9 +85,9 @@ def refined(
     depth: np.ndarray | None,
     weights: Weights,
     rounds: int,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The pose after some rounds, and its covariance; None where a round fails."""
-    T, covariance, K = start, None, scene.camera.K
+) -> Step | None:
+    """The last of some rounds; None where one fails."""
+    T, step, K = start, None, scene.camera.K
     for number in range(rounds):
         (view,) = views.render([(one.class_id, T)])
         if not isinstance(view, PosedView):
@@ -96,8 +97,25 @@ def refined(
         (step,) = refine_step(network, scene.rgb, K, [look], True, weights)
         if step is None:
             return None
-        T, covariance = step.T_cam_obj, step.covariance
-    return T, covariance
+        T = step.T_cam_obj
+    return step
+
+
+def common_errors(step: Step, truth: np.ndarray) -> dict[str, float]:
+    """Per term what all its measurements are off by at the true pose (4, 4): px, or the flow's share."""
+    found = {}
+    for name, term in step.terms.items():
+        unit = getattr(term, "scale_sigma", 0.0) or getattr(term, "growth_sigma", 0.0)
+        if not unit:
+            continue
+        line = term.linearise(truth)
+        mode, common = line.modes[..., 0], 0.0
+        for _ in range(20):  # what is far off counts less and less, as in the least squares
+            residual = line.residual + common * mode
+            kept = 1 / (1 + (residual**2).sum(1) / term.cutoff**2) ** 2
+            common = -(kept @ (mode * line.residual).sum(1)) / (kept @ (mode**2).sum(1))
+        found[name] = common * unit
+    return found
 
 
 def row(name: str, found: list[tuple[float, float, float] | None]) -> list[str]:
@@ -129,6 +147,7 @@ def main() -> None:
     runs += [(masks, "with a depth image") for masks in ("true masks", "degraded masks")]
     found: dict[tuple[str, str], list] = {run: [] for run in [("", "as they start"), *runs]}
     whitened: list[float] = []
+    commons: dict[tuple[str, str], list[float]] = {}
     for index, scene in enumerate(make_scenes(list(meshes.values()), args.scenes, args.seed)):
         for one in scene.instances:
             mesh, truth = meshes[one.class_id], one.T_cam_obj
@@ -148,13 +167,22 @@ def main() -> None:
                 mask = one.visible if masks == "true masks" else loose
                 depth = reliable_depth(measured, mask) if name == "with a depth image" else None
                 weights = VARIANTS.get(name, Weights())
-                pose = refined(network, views, scene, one, start, mask, depth, weights, args.rounds)
-                found[masks, name].append(None if pose is None else errors(pose[0]))
-                if pose is not None and name == "all terms" and found[masks, name][-1][0] < 0.2:
-                    off = pose_error(pose[0], truth)
-                    whitened.append(off @ np.linalg.solve(pose[1] / weights.covariance, off))
+                step = refined(network, views, scene, one, start, mask, depth, weights, args.rounds)
+                found[masks, name].append(None if step is None else errors(step.T_cam_obj))
+                if step is not None and name == "all terms" and found[masks, name][-1][0] < 0.2:
+                    off = pose_error(step.T_cam_obj, truth)
+                    whitened.append(off @ np.linalg.solve(step.covariance / weights.covariance, off))
+                    for term, common in common_errors(step, truth).items():
+                        commons.setdefault((masks, term), []).append(common)
     head = ["", "poses", "ADD < .1 d", "< .05 d", "< .02 d", "rotation, median deg", "depth off, median"]
     print(table(head, [row(", ".join(filter(None, run)), some) for run, some in found.items()]))
+    head = ["off at the true pose", "poses", "median", "of its size: median", "90 %"]
+    rows = []
+    for (masks, term), some in commons.items():
+        unit, factor = (" %", 100) if term == "pairs" else (" px", 1)
+        sizes = [np.median(some), *np.quantile(np.abs(some), [0.5, 0.9])]
+        rows.append([f"{masks}, {term}", str(len(some)), *(f"{factor * v:.2f}{unit}" for v in sizes)])
+    print("\n" + table(head, rows))
     factor = np.quantile(whitened, 0.95) / chi2.ppf(0.95, 6)
     print(f"covariance {factor:.1f} (now {Weights().covariance}): 95 % of {len(whitened)} poses lie inside")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from test_docs import load_script
 
 from picopose_ros.estimation.evidence import Weights
 from picopose_ros.estimation.refine_step import _or_exact
@@ -76,3 +79,12 @@ def test_without_a_mask_nothing_is_decided() -> None:
     loose = solve(TRUE, terms)
     assert loose is not None
     assert _or_exact(loose, terms, WEIGHTS) == (loose, terms)
+
+
+def test_what_all_measurements_are_off_by_is_measured_at_the_true_pose() -> None:
+    script = load_script(Path(__file__).parents[1] / "scripts/refinement_terms.py")
+    step = SimpleNamespace(terms=_terms(0.985, 0.7, ragged_px=0.3) | {"depth": SimpleNamespace()})
+    found = script.common_errors(step, TRUE)
+    assert set(found) == {"pairs", "contour"}
+    assert found["pairs"] == pytest.approx(-0.0152, abs=0.0005)
+    assert found["contour"] == pytest.approx(0.7, abs=0.1)
