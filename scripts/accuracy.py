@@ -72,7 +72,7 @@ RUNS = {
     "main": Run("true masks", HELDOUT, ("--scenes", "240"), overlays=True),
     "masks": Run("masks as a segmenter makes them", HELDOUT, ("--scenes", "144", "--mask-noise")),
     "background": Run("background not masked", HELDOUT, ("--scenes", "96", "--background")),
-    "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "24", "--kind", "cluttered"), overlays=True),
+    "clutter": Run("cluttered tables", HELDOUT, ("--scenes", "96", "--kind", "cluttered"), overlays=True),
     "cut": Run("cut by the image's border", HELDOUT, ("--scenes", "96", "--kind", "cut")),
     "cutmasks": Run(
         "the same, masks as a segmenter makes them",
