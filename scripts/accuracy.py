@@ -91,7 +91,7 @@ Summary = Mapping[str, Any]
 _SCORE = (
     "The score is meant to be the probability that a pose is right (on photographs it is not, see there). "
     "That of refined poses was fitted on 176 poses of 12 other objects, with the weights before (slope .98, "
-    "offset 1.78, used as 1 and 1.8). With the default `min_score`, 0.6, 7 % of the published poses are off "
+    "offset 1.78, used as 1 and 1.8). With the default `min_score`, 0.6, 6 % of the published poses are off "
     "by more than .2 d on tables."
 )
 
