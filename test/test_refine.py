@@ -146,6 +146,13 @@ def test_without_segments_the_silhouettes_are_the_masks(world: World) -> None:
     assert world.misses(result.poses)[0] < 0.06
 
 
+def test_without_a_mask_flow_and_colours_are_not_believed_in_their_small_errors(world: World) -> None:
+    for segments, freedom in ((world.segments(), Weights().freedom), (None, np.inf)):
+        for pose in world.estimator.refine(world.rgb, CAMERA, world.poses(), segments).poses:
+            assert pose.terms["pairs"].scale_freedom == pose.terms["region"].growth_freedom == freedom
+            assert ("contour" in pose.terms) == (segments is not None)
+
+
 def test_the_released_schedule_refines_too(world: World) -> None:
     """What it has encoded of a query is of another form than ours, and refinement encodes it again."""
     model = load_model("tiny")

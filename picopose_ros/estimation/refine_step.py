@@ -266,6 +266,8 @@ def _solve(
 ) -> Step | None:
     """The pose from the network's output and the object's edge in mask and image."""
     view = look.view
+    if look.segment is None:
+        weights = weights.without_mask()
     pairs = decode_correspondences(
         flow, certainty, crop.M_crop_img, view.crop.points_consistent, view.T_view_obj, "subpixel", crop.mask
     )
