@@ -30,7 +30,7 @@ from picopose_ros.evaluation.report import table
 from picopose_ros.evaluation.scenes import Scene, SceneInstance, make_scenes
 from picopose_ros.geometry.covariance import pose_error
 from picopose_ros.geometry.depth import reliable_depth
-from picopose_ros.geometry.least_squares import moved
+from picopose_ros.geometry.least_squares import Edges, Prior, Reprojections, moved, solve
 from picopose_ros.model import load_model
 from picopose_ros.synthetic.disturbances import degrade_mask
 from picopose_ros.templates.meshes import ObjectMesh, discover_objects, load_object
@@ -102,19 +102,22 @@ def refined(
 
 
 def common_errors(step: Step, truth: np.ndarray) -> dict[str, float]:
-    """Per term what all its measurements are off by at the true pose (4, 4): px, or the flow's share."""
+    """Per term what all its measurements are off by at the true pose (4, 4): px, or the flow's share.
+
+    The term's common unknown is solved for with next to nothing known of it, and the pose held.
+    """
+    held = Prior(truth, 1e-12 * np.eye(6))
     found = {}
     for name, term in step.terms.items():
-        unit = getattr(term, "scale_sigma", 0.0) or getattr(term, "growth_sigma", 0.0)
-        if not unit:
+        if isinstance(term, Reprojections):
+            unit, free = 1.0, replace(term, scale_sigma=1.0, scale_freedom=np.inf)
+        elif isinstance(term, Edges):
+            unit, free = 100.0, replace(term, growth_sigma=100.0, growth_freedom=np.inf)
+        else:
             continue
-        line = term.linearise(truth)
-        mode, common = line.modes[..., 0], 0.0
-        for _ in range(20):  # what is far off counts less and less, as in the least squares
-            residual = line.residual + common * mode
-            kept = 1 / (1 + (residual**2).sum(1) / term.cutoff**2) ** 2
-            common = -(kept @ (mode * line.residual).sum(1)) / (kept @ (mode**2).sum(1))
-        found[name] = common * unit
+        solution = solve(truth, {"held": held, name: free})
+        if solution is not None:
+            found[name] = unit * float(solution.modes[name][0])
     return found
 
 
@@ -179,9 +182,9 @@ def main() -> None:
     head = ["off at the true pose", "poses", "median", "of its size: median", "90 %"]
     rows = []
     for (masks, term), some in commons.items():
-        unit, factor = (" %", 100) if term == "pairs" else (" px", 1)
+        unit, times = (" %", 100) if term == "pairs" else (" px", 1)
         sizes = [np.median(some), *np.quantile(np.abs(some), [0.5, 0.9])]
-        rows.append([f"{masks}, {term}", str(len(some)), *(f"{factor * v:.2f}{unit}" for v in sizes)])
+        rows.append([f"{masks}, {term}", str(len(some)), *(f"{times * v:.2f}{unit}" for v in sizes)])
     print("\n" + table(head, rows))
     factor = np.quantile(whitened, 0.95) / chi2.ppf(0.95, 6)
     print(f"covariance {factor:.1f} (now {Weights().covariance}): 95 % of {len(whitened)} poses lie inside")

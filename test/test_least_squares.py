@@ -179,6 +179,12 @@ def test_a_common_error_that_is_seldom_large_is_believed_where_it_has_to_be() ->
     assert off[2.0] < 0.003 < 0.007 < off[np.inf]
 
 
+def test_another_view_keeps_the_distribution_of_a_terms_common_error() -> None:
+    view = InView(_seldom_large(), T_VIEW_CAM, shift_sigma=0.001, turn_sigma=0.001)
+    assert list(view.linearise(TRUE).freedom) == [2.0] + 6 * [np.inf]
+    assert list(replace(view, shift_sigma=0.0, turn_sigma=0.0).linearise(TRUE).freedom) == [2.0]
+
+
 def test_the_likelihood_of_a_common_error_is_what_its_weight_minimises() -> None:
     modes, freedom, step = np.array([0.3, -2.0, 4.0, 1.5]), np.array([2.0, 1.0, 5.0, np.inf]), 1e-6
     cost, weight = _unlikely(modes, freedom)

@@ -76,7 +76,7 @@ class Weights:
 
     def without_mask(self) -> Weights:
         """Those of a pose without a mask: nothing then tells which of flow and colours' edges is far off, and
-        believing each in its small errors made poses worse (late masks, right to .02 d: .83 -> .77)."""
+        believing each in its small errors made poses worse (docs/refinement.md)."""
         return replace(self, pair_scale=0.02, region_growth=0.7, freedom=np.inf)
 
 
